@@ -1,0 +1,3 @@
+//! Kubelet's door: the CSI Identity and Node services, and kubelet's plugin registration.
+
+pub mod grpc;

@@ -1,0 +1,1 @@
+//! Shared memory: an allocator of offsets and the arena they are offsets of.

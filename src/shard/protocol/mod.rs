@@ -1,0 +1,1 @@
+//! The vineyard wire; no sockets.

@@ -1,0 +1,1 @@
+//! Keeps processes and descriptors; knows nothing of CSI, FUSE or vineyard.
