@@ -2,6 +2,17 @@
 
 mod board;
 mod id;
+mod layout;
+pub mod quantity;
+mod reconcile;
+mod spec;
+mod walk;
 
 pub use board::{Board, NotReady};
 pub use id::{RuntimeId, RuntimeIdError};
+pub use layout::{
+    CONFIG, Layout, LayoutError, RPC_ENDPOINT, SOCKET, SOCKET_PATH_LIMIT, WORKER_SOCKET,
+};
+pub use reconcile::{Complaint, Decision, Difference, Present, Running, Step, Wanted, reconcile};
+pub use spec::{DEFAULT_RPC_PORT, FILE_LIMIT, RuntimeSpec, SpecError, parse};
+pub use walk::FieldError;
