@@ -200,13 +200,13 @@ pub fn parse(file: &[u8]) -> Result<Vec<RuntimeSpec>, SpecError> {
     let mut ids = BTreeSet::new();
     for (index, document) in documents.iter().enumerate() {
         let mut found = runtime(document);
-        if let Ok(spec) = &found {
-            if !ids.insert(spec.id.clone()) {
-                found = Err(vec![FieldError {
-                    path: "metadata.name".to_owned(),
-                    what: format!("{} is in this file already", spec.id),
-                }]);
-            }
+        if let Ok(spec) = &found
+            && !ids.insert(spec.id.clone())
+        {
+            found = Err(vec![FieldError {
+                path: "metadata.name".to_owned(),
+                what: format!("{} is in this file already", spec.id),
+            }]);
         }
         match found {
             Ok(spec) => specs.push(spec),
@@ -358,11 +358,11 @@ fn memory(walk: &mut Walk, spec: &Fields<'_>) -> Option<u64> {
     let level = walk.mapping("spec.tieredstore.levels[0]", Some(first), LEVEL);
     walk.integer(&level, "level", 0, 0);
     medium(walk, &level);
-    if let Some(volume_type) = walk.text(&level, "volumeType") {
-        if !["hostPath", "emptyDir"].contains(&volume_type) {
-            let what = format!("hostPath or emptyDir is wanted here, not the text {volume_type:?}");
-            walk.complain(level.path_of("volumeType"), what);
-        }
+    if let Some(volume_type) = walk.text(&level, "volumeType")
+        && !["hostPath", "emptyDir"].contains(&volume_type)
+    {
+        let what = format!("hostPath or emptyDir is wanted here, not the text {volume_type:?}");
+        walk.complain(level.path_of("volumeType"), what);
     }
     quota(walk, &level)
 }
@@ -383,11 +383,11 @@ fn medium(walk: &mut Walk, level: &Fields<'_>) {
         );
     }
     for name in there {
-        if let Some(medium) = walk.text(level, name) {
-            if medium != "MEM" {
-                let what = format!("MEM is wanted for level 0, not the text {medium:?}");
-                walk.complain(level.path_of(name), what);
-            }
+        if let Some(medium) = walk.text(level, name)
+            && medium != "MEM"
+        {
+            let what = format!("MEM is wanted for level 0, not the text {medium:?}");
+            walk.complain(level.path_of(name), what);
         }
     }
 }

@@ -122,26 +122,24 @@ impl Walk {
 
     /// A field that must be text.
     pub(super) fn text<'a>(&mut self, fields: &Fields<'a>, name: &str) -> Option<&'a str> {
-        match fields.get(name)? {
-            Value::String(text) => Some(text),
-            other => {
-                let what = format!("text is wanted here, not {}", described(other));
-                self.complain(fields.path_of(name), what);
-                None
-            }
+        let value = fields.get(name)?;
+        let text = value.as_str();
+        if text.is_none() {
+            let what = format!("text is wanted here, not {}", described(value));
+            self.complain(fields.path_of(name), what);
         }
+        text
     }
 
     /// A field that must be `true` or `false`.
     pub(super) fn boolean(&mut self, fields: &Fields<'_>, name: &str) -> Option<bool> {
-        match fields.get(name)? {
-            Value::Bool(value) => Some(*value),
-            other => {
-                let what = format!("true or false is wanted here, not {}", described(other));
-                self.complain(fields.path_of(name), what);
-                None
-            }
+        let value = fields.get(name)?;
+        let truth = value.as_bool();
+        if truth.is_none() {
+            let what = format!("true or false is wanted here, not {}", described(value));
+            self.complain(fields.path_of(name), what);
         }
+        truth
     }
 
     /// A field that must be a whole number between two bounds.
