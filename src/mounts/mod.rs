@@ -3,6 +3,15 @@
 //! Invariant: a bind mount is identified by `(device, root)`, never by the `source` column of
 //! mountinfo: two directories of one filesystem, bound to two targets, print the same source.
 
+mod fake;
+mod linux;
+mod sys;
+mod table;
+
+pub use fake::{Fake, Fault};
+pub use linux::{Linux, selinux_enforcing};
+pub use table::{MountEntry, MountTable, TableError};
+
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
@@ -24,8 +33,7 @@ impl Place {
             .ok()
             .filter(|relative| {
                 let mut components = relative.components().peekable();
-                components.peek().is_some()
-                    && components.all(|c| matches!(c, Component::Normal(_)))
+                components.peek().is_some() && components.all(|c| matches!(c, Component::Normal(_)))
             })
             .ok_or_else(|| Error::Outside {
                 path: path.to_path_buf(),
@@ -66,6 +74,12 @@ pub struct Device {
     pub major: u32,
     /// Minor number.
     pub minor: u32,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
 }
 
 /// What a mount shows: the directory `root` of the filesystem on `device`.
@@ -151,6 +165,9 @@ pub trait Mounter: Send + Sync + 'static {
     /// What a bind of the directory `source` would show.
     fn shown(&self, source: &Place) -> Result<Shown, Error>;
 
+    /// Whether the directory at `place` has no entries.
+    fn is_empty(&self, place: &Place) -> Result<bool, Error>;
+
     /// Makes the directory `place` with its missing parents; `true` if it was made now.
     fn create_dir(&self, place: &Place, mode: u32) -> Result<bool, Error>;
 
@@ -158,7 +175,8 @@ pub trait Mounter: Send + Sync + 'static {
     fn remove(&self, place: &Place) -> Result<(), Error>;
 
     /// Shows the directory `source` at the directory `target` too, not recursively,
-    /// `nosuid,nodev,noexec`, in a peer group of its own.
+    /// `nosuid,nodev,noexec`, in a peer group of its own. Never stacks: a target on which
+    /// something is mounted is refused.
     fn bind(&self, source: &Place, target: &Place, options: BindOptions) -> Result<(), Error>;
 
     /// Makes a FUSE filesystem, read-only and visible to all users, not yet shown anywhere.
@@ -169,6 +187,7 @@ pub trait Mounter: Send + Sync + 'static {
     fn attach(&self, mount: OwnedFd, target: &Place) -> Result<(), Error>;
 
     /// Mounts a tmpfs at `target`, with transparent huge pages where the kernel has them.
+    /// Never stacks: a target on which something is mounted is refused.
     fn tmpfs(&self, target: &Place, options: TmpfsOptions) -> Result<(), Error>;
 
     /// Detaches everything mounted at `target`; how many mounts that were.
@@ -199,12 +218,22 @@ pub enum Error {
         place: Place,
     },
     /// The kernel refuses for lack of rights.
-    #[error("no permission for {what}: CAP_SYS_ADMIN in the mount namespace's user namespace is needed")]
+    #[error(
+        "no permission for {what}: CAP_SYS_ADMIN in the mount namespace's user namespace is needed"
+    )]
     Permission {
         /// The operation and its place.
         what: String,
         /// The kernel's answer.
         source: std::io::Error,
+    },
+    /// A mount was to be made where one is already.
+    #[error("{place} already shows {} of device {}", found.shown.root.display(), found.shown.device)]
+    Taken {
+        /// The target.
+        place: Place,
+        /// What is mounted there.
+        found: Box<Mounted>,
     },
     /// Any other answer of the kernel.
     #[error("{what}")]

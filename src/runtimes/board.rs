@@ -95,11 +95,13 @@ impl Board {
         grace: Duration,
     ) -> Result<(), NotReady> {
         let mut watch = self.0.subscribe();
-        let ready =
-            |state: &State| state.runtimes.get(id).is_some_and(Readiness::is_ready);
+        let ready = |state: &State| state.runtimes.get(id).is_some_and(Readiness::is_ready);
         let known = |state: &State| !state.is_complete || state.runtimes.contains_key(id);
         let wait = async {
-            if tokio::time::timeout(grace, watch.wait_for(known)).await.is_err() {
+            if tokio::time::timeout(grace, watch.wait_for(known))
+                .await
+                .is_err()
+            {
                 return;
             }
             // The sender lives in `self`, so the wait ends only with success.
@@ -122,7 +124,8 @@ impl Board {
                 known: match state.runtimes.is_empty() {
                     true => "none".to_owned(),
                     false => {
-                        let names: Vec<_> = state.runtimes.keys().map(ToString::to_string).collect();
+                        let names: Vec<_> =
+                            state.runtimes.keys().map(ToString::to_string).collect();
                         names.join(", ")
                     }
                 },

@@ -18,7 +18,9 @@ pub enum RuntimeIdError {
     #[error("{0:?} is not <namespace>/<name>")]
     Shape(String),
     /// One of the two is not a Kubernetes name.
-    #[error("{field} {value:?} is not a Kubernetes name: lower-case letters, digits and '-', beginning and ending with a letter or digit, at most 63 characters")]
+    #[error(
+        "{field} {value:?} is not a Kubernetes name: lower-case letters, digits and '-', beginning and ending with a letter or digit, at most 63 characters"
+    )]
     Name {
         /// `namespace` or `name`.
         field: &'static str,
@@ -91,7 +93,9 @@ mod tests {
         for good in ["default/vineyard", "a/b", "ml-1/0features"] {
             assert_eq!(good.parse::<RuntimeId>().unwrap().to_string(), good);
         }
-        for bad in ["vineyard", "../x", "a/..", "A/b", "a/", "/b", "a/b/c", "a/-b"] {
+        for bad in [
+            "vineyard", "../x", "a/..", "A/b", "a/", "/b", "a/b/c", "a/-b",
+        ] {
             assert!(bad.parse::<RuntimeId>().is_err(), "{bad}");
         }
         assert!(RuntimeId::new("a", &"x".repeat(64)).is_err());

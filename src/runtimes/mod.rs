@@ -1,7 +1,22 @@
 //! A VineyardRuntime on this node: what its YAML asks for, where its files lie, how it fares.
 
 mod board;
+pub mod discovery;
 mod id;
+mod layout;
+pub mod quantity;
+mod reconcile;
+mod spec;
+mod walk;
+mod watch;
 
 pub use board::{Board, NotReady};
+pub use discovery::{Discovery, DiscoveryError};
 pub use id::{RuntimeId, RuntimeIdError};
+pub use layout::{
+    CONFIG, Layout, LayoutError, RPC_ENDPOINT, SOCKET, SOCKET_PATH_LIMIT, WORKER_SOCKET,
+};
+pub use reconcile::{Complaint, Decision, Difference, Present, Running, Step, Wanted, reconcile};
+pub use spec::{DEFAULT_RPC_PORT, FILE_LIMIT, RuntimeSpec, SpecError, parse};
+pub use walk::FieldError;
+pub use watch::{RuntimesDir, WatchError};
