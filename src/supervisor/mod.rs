@@ -495,16 +495,16 @@ impl Supervisor {
     }
 
     fn on_signal(&mut self, signal: Signal, now: Instant) {
-        match signal {
-            Signal::SIGTERM | Signal::SIGINT if self.stage == Stage::Serving => {
-                tracing::info!(%signal, "stopping");
-                self.stage = Stage::NodeStops;
-                if let Some(node) = self.children.get_mut(NODE) {
-                    node.remove(now);
-                }
-            }
+        let is_stop = matches!(signal, Signal::SIGTERM | Signal::SIGINT);
+        if !is_stop || self.stage != Stage::Serving {
             // SIGCHLD only wakes the loop up.
-            _ => tracing::debug!(%signal, "signal"),
+            tracing::debug!(%signal, "signal");
+            return;
+        }
+        tracing::info!(%signal, "stopping");
+        self.stage = Stage::NodeStops;
+        if let Some(node) = self.children.get_mut(NODE) {
+            node.remove(now);
         }
     }
 }
