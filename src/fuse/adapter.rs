@@ -141,6 +141,15 @@ impl Filesystem for Adapter {
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         let found = tree::statfs();
         let block_size = found.block_size;
-        reply.statfs(0, 0, 0, found.files, 0, block_size, found.name_length, block_size);
+        reply.statfs(
+            0,
+            0,
+            0,
+            found.files,
+            0,
+            block_size,
+            found.name_length,
+            block_size,
+        );
     }
 }

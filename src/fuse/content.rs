@@ -70,7 +70,9 @@ impl Files {
 
 impl fmt::Debug for Files {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Files").field("fixed", &self.fixed).finish_non_exhaustive()
+        f.debug_struct("Files")
+            .field("fixed", &self.fixed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -126,7 +128,11 @@ mod tests {
 
     #[test]
     fn live_files_are_asked_each_time() {
-        let files = Files::new(Fixed::default(), SystemTime::UNIX_EPOCH, Counter(Mutex::new(0)));
+        let files = Files::new(
+            Fixed::default(),
+            SystemTime::UNIX_EPOCH,
+            Counter(Mutex::new(0)),
+        );
         assert_eq!(files.content(File::Status), b"1");
         assert_eq!(files.content(File::Status), b"2");
     }

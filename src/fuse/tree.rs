@@ -191,9 +191,7 @@ fn entry(source: &dyn Source, node: Node) -> Entry {
     let (inode, kind, perm, size, is_live) = match node {
         Node::Root => (ROOT, FileType::Directory, 0o555, 0, false),
         // As in /proc: the size of what does not exist before it is read is 0.
-        Node::File(file) if file.is_live() => {
-            (file.inode(), FileType::RegularFile, 0o444, 0, true)
-        }
+        Node::File(file) if file.is_live() => (file.inode(), FileType::RegularFile, 0o444, 0, true),
         Node::File(file) => {
             let size = source.content(file).len() as u64;
             (file.inode(), FileType::RegularFile, 0o444, size, false)
@@ -219,7 +217,11 @@ fn entry(source: &dyn Source, node: Node) -> Entry {
             flags: 0,
         },
         // A second is how long a changed size may go unnoticed by stat(2); reads notice at once.
-        ttl: if is_live { Duration::ZERO } else { Duration::from_secs(1) },
+        ttl: if is_live {
+            Duration::ZERO
+        } else {
+            Duration::from_secs(1)
+        },
     }
 }
 
@@ -242,7 +244,10 @@ mod tests {
     #[test]
     fn numbers_and_names_of_files_never_change() {
         let listed = readdir(&Fixed, ROOT, 0).unwrap();
-        let shown: Vec<_> = listed.iter().map(|l| (l.name, l.entry.attr.ino.0)).collect();
+        let shown: Vec<_> = listed
+            .iter()
+            .map(|l| (l.name, l.entry.attr.ino.0))
+            .collect();
         assert_eq!(
             shown,
             [
@@ -261,7 +266,10 @@ mod tests {
     fn a_listing_goes_on_where_it_stopped() {
         let all = readdir(&Fixed, ROOT, 0).unwrap();
         for (index, listed) in all.iter().enumerate() {
-            assert_eq!(readdir(&Fixed, ROOT, listed.next).unwrap(), all[index + 1..]);
+            assert_eq!(
+                readdir(&Fixed, ROOT, listed.next).unwrap(),
+                all[index + 1..]
+            );
         }
         assert_eq!(readdir(&Fixed, ROOT, u64::MAX), Ok(vec![]));
     }
@@ -269,7 +277,10 @@ mod tests {
     #[test]
     fn every_listed_name_is_found_with_what_the_listing_says() {
         for listed in readdir(&Fixed, ROOT, 2).unwrap() {
-            assert_eq!(lookup(&Fixed, ROOT, listed.name.as_bytes()), Ok(listed.entry));
+            assert_eq!(
+                lookup(&Fixed, ROOT, listed.name.as_bytes()),
+                Ok(listed.entry)
+            );
             assert_eq!(getattr(&Fixed, listed.entry.attr.ino), Ok(listed.entry));
         }
     }

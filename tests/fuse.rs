@@ -1,0 +1,732 @@
+//! The dummy filesystem for real: a kernel's mount, servers that are killed, clients that notice
+//! nothing.
+//!
+//! The program is its own cast. Without a role it is the supervisor: it holds what is in custody
+//! and so never opens anything on a mount, as the supervisor of an agent never does. Whoever looks
+//! is another process, and one that can be killed when it hangs.
+
+use std::error::Error;
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+use vinelet::fuse::{Files, Fixed, Live, Mark};
+use vinelet::mounts::{Linux, Place};
+
+type Outcome = Result<(), Box<dyn Error>>;
+
+/// No step of any case takes this long, unless something hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+const CASES: &[(&str, fn(&Path) -> Outcome)] = &[
+    (
+        "a_mount_has_the_type_fluid_looks_for_and_answers",
+        a_mount_has_the_type_fluid_looks_for_and_answers,
+    ),
+    (
+        "fifty_kills_of_the_server_are_noticed_by_nobody",
+        fifty_kills_of_the_server_are_noticed_by_nobody,
+    ),
+    (
+        "a_dead_mount_is_replaced_from_beneath_and_never_stacked",
+        a_dead_mount_is_replaced_from_beneath_and_never_stacked,
+    ),
+    (
+        "a_client_of_a_dead_server_can_be_killed",
+        a_client_of_a_dead_server_can_be_killed,
+    ),
+    ("an_update_is_read_at_once", an_update_is_read_at_once),
+    ("withdrawing_leaves_no_mount", withdrawing_leaves_no_mount),
+    (
+        "what_somebody_unmounted_cannot_be_resumed",
+        what_somebody_unmounted_cannot_be_resumed,
+    ),
+    (
+        "without_a_device_the_error_names_it",
+        without_a_device_the_error_names_it,
+    ),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match words.as_slice() {
+        ["role:server", "establish", target] => server(None, Path::new(target)),
+        ["role:server", "resume", target, context] => server(Some(context), Path::new(target)),
+        ["role:blind-server", target] => blind_server(Path::new(target)),
+        ["role:look", dir] => look(Path::new(dir)),
+        ["role:traffic", dir] => traffic(Path::new(dir)),
+        ["role:watch", dir] => watch(Path::new(dir)),
+        ["role:hold", dir] => hold(Path::new(dir)),
+        _ => return supervise(&words),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+// ---------------------------------------------------------------- the supervisor and its cases
+
+fn supervise(words: &[&str]) -> ExitCode {
+    let filter = words.iter().find(|word| !word.starts_with('-'));
+    if let Err(error) = enter_namespace() {
+        println!("cannot make a mount namespace: {error}");
+        return ExitCode::FAILURE;
+    }
+    let mut failed = 0;
+    for (name, case) in CASES {
+        if filter.is_some_and(|filter| !name.contains(filter)) {
+            continue;
+        }
+        let began = Instant::now();
+        let outcome = tempfile::tempdir().map_err(Into::into).and_then(|dir| {
+            // The test's own mounts are not to be found in its directory when that is removed.
+            let outcome = case(dir.path());
+            while umount2(&dir.path().join("mark"), MntFlags::MNT_DETACH).is_ok() {}
+            outcome
+        });
+        match outcome {
+            Ok(()) => println!("test {name} ... ok ({:?})", began.elapsed()),
+            Err(error) => {
+                failed += 1;
+                println!("test {name} ... FAILED\n    {error}");
+            }
+        }
+    }
+    ExitCode::from(failed)
+}
+
+/// A mount namespace of our own; without root, in a user namespace where we are root.
+fn enter_namespace() -> Result<(), Box<dyn Error>> {
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    if unshare(CloneFlags::CLONE_NEWNS).is_err() {
+        unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS)?;
+        fs::write("/proc/self/setgroups", "deny")?;
+        fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+        fs::write("/proc/self/gid_map", format!("0 {gid} 1"))?;
+    }
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    Ok(())
+}
+
+fn a_mount_has_the_type_fluid_looks_for_and_answers(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let _server = Server::establish(&target)?;
+    let lines = mounts_at(&target)?;
+    let [line] = lines.as_slice() else {
+        return Err(format!("not one mount, but {lines:?}").into());
+    };
+    let (ahead, behind) = line.split_once(" - ").unwrap_or_default();
+    let behind: Vec<_> = behind.split(' ').collect();
+    same(&behind[..2], &["fuse.vineyard-fuse", "vineyard"][..])?;
+    same(
+        ahead.split(' ').nth(5),
+        Some("ro,nosuid,nodev,noexec,relatime"),
+    )?;
+    same(
+        seen(&target)?.as_str(),
+        "VINEYARD_IPC_SOCKET 444 size 24: /var/run/vineyard/x.sock\n\
+         VINEYARD_RPC_ENDPOINT 444 size 6: host:1\n\
+         metrics 444 size 0: up 1\n\
+         status 444 size 0: ready\n\
+         vineyard-config.yaml 444 size 9: Vineyard:\n\
+         part of the config: yard\n\
+         writing: Read-only file system (os error 30)\n\
+         creating: Read-only file system (os error 30)\n\
+         removing: Read-only file system (os error 30)\n\
+         no such file: No such file or directory (os error 2)\n\
+         directory 555, 6 inodes, no space\n",
+    )
+}
+
+fn fifty_kills_of_the_server_are_noticed_by_nobody(dir: &Path) -> Outcome {
+    const KILLS: usize = 50;
+    let target = target(dir)?;
+    let mut server = Server::establish(&target)?;
+    let traffic = Player::cast("traffic", &target)?;
+    let mut outage = Duration::ZERO;
+    for kill in 0..KILLS {
+        // Now and then in the middle of something else.
+        std::thread::sleep(Duration::from_millis(5 + (kill as u64 * 7) % 20));
+        let custody = server.kill()?;
+        let began = Instant::now();
+        server = Server::resume(&target, custody)?;
+        outage = outage.max(began.elapsed());
+    }
+    let report = traffic.finish()?;
+    println!(
+        "    {KILLS} kills, longest outage {outage:?}; {}",
+        report.trim()
+    );
+    same(mounts_at(&target)?.len(), 1)?;
+    match report.starts_with("errors 0,") {
+        true => Ok(()),
+        false => Err(report.into()),
+    }
+}
+
+fn a_dead_mount_is_replaced_from_beneath_and_never_stacked(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let server = Server::establish(&target)?;
+    let watch = Player::cast("watch", &target)?;
+    let wait = || std::thread::sleep(Duration::from_millis(30));
+    wait();
+    // The server and custody die together: nobody is left who could serve.
+    drop(server.kill()?);
+    let dead = seen(&target).err().map(|error| error.to_string());
+    same(
+        dead.as_deref(),
+        Some("error: Transport endpoint is not connected (os error 107)"),
+    )?;
+    wait();
+    let server = Server::establish(&target)?;
+    same(mounts_at(&target)?.len(), 1)?;
+    seen(&target)?;
+    // A living one is replaced in the same way.
+    let _second = Server::establish(&target)?;
+    same(mounts_at(&target)?.len(), 1)?;
+    seen(&target)?;
+    drop(server);
+    wait();
+    let report = watch.finish()?;
+    println!("    {}", report.trim());
+    match report.contains("bare 0,") && report.contains("other 0") {
+        true => Ok(()),
+        false => Err(report.into()),
+    }
+}
+
+fn a_client_of_a_dead_server_can_be_killed(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let server = Server::establish(&target)?;
+    let mut client = Player::cast("hold", &target)?;
+    let mut line = [0; 5];
+    client.output()?.read_exact(&mut line)?;
+    same(&line, b"held\n")?;
+    let custody = server.kill()?;
+    // Custody holds the device, nobody answers: a flush would wait for ever.
+    client.child.kill()?;
+    reap(&mut client.child, Duration::from_secs(2))?;
+    let _server = Server::resume(&target, custody)?;
+    seen(&target).map(drop)
+}
+
+fn an_update_is_read_at_once(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let server = Server::establish(&target)?;
+    seen(&target)?;
+    same(server.ask("update")?.as_str(), "updated")?;
+    let after = seen(&target)?;
+    match after.contains(": a.longer.name.of.a.host:9600\n") {
+        true => Ok(()),
+        false => Err(after.into()),
+    }
+}
+
+fn withdrawing_leaves_no_mount(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let server = Server::establish(&target)?;
+    same(
+        server.ask("withdraw")?.as_str(),
+        "unmounted 1, ended: its mount is gone",
+    )?;
+    same(mounts_at(&target)?.len(), 0)
+}
+
+fn what_somebody_unmounted_cannot_be_resumed(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let custody = Server::establish(&target)?.kill()?;
+    umount2(&target, MntFlags::MNT_DETACH)?;
+    let refused = Server::resume(&target, custody)
+        .err()
+        .map(|error| error.to_string());
+    same(
+        refused.as_deref(),
+        Some("error: the dummy filesystem of this device is not mounted any more"),
+    )
+}
+
+fn without_a_device_the_error_names_it(dir: &Path) -> Outcome {
+    let target = target(dir)?;
+    let output = Player::cast("blind-server", &target)?.finish();
+    let error = output
+        .err()
+        .map(|error| error.to_string())
+        .unwrap_or_default();
+    match error.contains("/dev/fuse") && error.contains("No such file or directory") {
+        true => Ok(()),
+        false => Err(format!("the error is {error:?}").into()),
+    }
+}
+
+/// A directory to mount at.
+fn target(dir: &Path) -> io::Result<PathBuf> {
+    let target = dir.join("mark");
+    fs::create_dir(&target)?;
+    Ok(target)
+}
+
+/// The lines of mountinfo for `target`.
+fn mounts_at(target: &Path) -> io::Result<Vec<String>> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let target = target.to_string_lossy();
+    let lines = table
+        .lines()
+        .filter(|line| line.split(' ').nth(4) == Some(&target));
+    Ok(lines.map(str::to_owned).collect())
+}
+
+/// What another process sees.
+fn seen(target: &Path) -> Result<String, Box<dyn Error>> {
+    Player::cast("look", target)?.finish()
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(left: T, right: T) -> Outcome {
+    match left == right {
+        true => Ok(()),
+        false => Err(format!("{left:?}\n    is not\n    {right:?}").into()),
+    }
+}
+
+/// A process that looks at the mount, until its standard input is closed.
+struct Player {
+    child: Child,
+}
+
+impl Player {
+    fn cast(role: &str, target: &Path) -> io::Result<Self> {
+        let child = Command::new(std::env::current_exe()?)
+            .arg(format!("role:{role}"))
+            .arg(target)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        Ok(Self { child })
+    }
+
+    fn output(&mut self) -> io::Result<&mut impl Read> {
+        self.child
+            .stdout
+            .as_mut()
+            .ok_or_else(|| io::Error::other("no output"))
+    }
+
+    /// Lets it end; what it said.
+    fn finish(mut self) -> Result<String, Box<dyn Error>> {
+        drop(self.child.stdin.take());
+        let is_well = reap(&mut self.child, PATIENCE)?;
+        let mut said = String::new();
+        self.output()?.read_to_string(&mut said)?;
+        match is_well {
+            true => Ok(said),
+            false => Err(said.trim().into()),
+        }
+    }
+}
+
+impl Drop for Player {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = reap(&mut self.child, PATIENCE);
+    }
+}
+
+/// Waits for the end of a process; whether it ended well.
+fn reap(child: &mut Child, patience: Duration) -> Result<bool, Box<dyn Error>> {
+    let began = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.success());
+        }
+        if began.elapsed() > patience {
+            return Err(format!("process {} hangs", child.id()).into());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A process that serves a mount, and what it gave into custody.
+struct Server {
+    player: Player,
+    channel: OwnedFd,
+    custody: Custody,
+}
+
+/// What outlives a server.
+struct Custody {
+    device: OwnedFd,
+    context: Vec<u8>,
+}
+
+impl Server {
+    fn establish(target: &Path) -> Result<Self, Box<dyn Error>> {
+        let (player, channel) = Self::spawn(&["establish".as_ref(), target.as_os_str()])?;
+        let (context, device) = receive(channel.as_fd())?;
+        match device {
+            Some(device) => Ok(Self {
+                player,
+                channel,
+                custody: Custody { device, context },
+            }),
+            None => Err(String::from_utf8_lossy(&context).into()),
+        }
+    }
+
+    fn resume(target: &Path, custody: Custody) -> Result<Self, Box<dyn Error>> {
+        let context: String = custody.context.iter().map(|b| format!("{b:02x}")).collect();
+        let (player, channel) =
+            Self::spawn(&["resume".as_ref(), target.as_os_str(), context.as_ref()])?;
+        send(channel.as_fd(), b"serve", Some(custody.device.as_fd()))?;
+        let (answer, _) = receive(channel.as_fd())?;
+        match answer.as_slice() {
+            b"serving" => Ok(Self {
+                player,
+                channel,
+                custody,
+            }),
+            error => Err(String::from_utf8_lossy(error).into()),
+        }
+    }
+
+    fn spawn(arguments: &[&std::ffi::OsStr]) -> io::Result<(Player, OwnedFd)> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        rustix::net::sockopt::set_socket_timeout(
+            &ours,
+            rustix::net::sockopt::Timeout::Recv,
+            Some(PATIENCE),
+        )?;
+        let child = Command::new(std::env::current_exe()?)
+            .arg("role:server")
+            .args(arguments)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::piped())
+            .spawn()?;
+        Ok((Player { child }, ours))
+    }
+
+    fn ask(&self, what: &str) -> Result<String, Box<dyn Error>> {
+        send(self.channel.as_fd(), what.as_bytes(), None)?;
+        let (answer, _) = receive(self.channel.as_fd())?;
+        Ok(String::from_utf8(answer)?)
+    }
+
+    /// SIGKILL.
+    fn kill(mut self) -> Result<Custody, Box<dyn Error>> {
+        self.player.child.kill()?;
+        reap(&mut self.player.child, PATIENCE)?;
+        Ok(self.custody)
+    }
+}
+
+fn send(channel: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = fd.into_iter().collect();
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    rustix::net::sendmsg(
+        channel,
+        &[IoSlice::new(bytes)],
+        &mut ancillary,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
+
+fn receive(channel: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut bytes = vec![0; 4096];
+    let received = rustix::net::recvmsg(
+        channel,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut ancillary,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    bytes.truncate(received.bytes);
+    let fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    Ok((bytes, fds.flatten().next()))
+}
+
+// ------------------------------------------------------------------------------- those who serve
+
+struct Ready;
+
+impl Live for Ready {
+    fn status(&self) -> String {
+        "ready\n".to_owned()
+    }
+
+    fn metrics(&self) -> String {
+        "up 1\n".to_owned()
+    }
+}
+
+fn files() -> Files {
+    Files::new(fixed("host:1"), SystemTime::now(), Ready)
+}
+
+fn fixed(rpc_endpoint: &str) -> Fixed {
+    Fixed {
+        ipc_socket: "/var/run/vineyard/x.sock".to_owned(),
+        rpc_endpoint: rpc_endpoint.to_owned(),
+        config: "Vineyard:".to_owned(),
+    }
+}
+
+fn place(target: &Path) -> Result<Place, Box<dyn Error>> {
+    let base = target.parent().ok_or("no parent")?;
+    Ok(Place::beneath(base, target)?)
+}
+
+fn server(context: Option<&str>, target: &Path) -> Outcome {
+    let channel = io::stdin().as_fd().try_clone_to_owned()?;
+    let place = place(target)?;
+    let (files, mounter) = (files(), Linux::new());
+    let mark = match context {
+        None => match Mark::establish(&mounter, &place, files.clone()) {
+            Ok((mark, custody)) => {
+                assert!(custody.can_be_resumed(), "this kernel is older than 6.9");
+                send(
+                    channel.as_fd(),
+                    &custody.context,
+                    Some(custody.device.as_fd()),
+                )?;
+                mark
+            }
+            Err(error) => return Ok(send(channel.as_fd(), chain(&error).as_bytes(), None)?),
+        },
+        Some(context) => {
+            let digits = (0..context.len()).step_by(2);
+            let bytes: Result<Vec<u8>, _> = digits
+                .map(|at| u8::from_str_radix(&context[at..at + 2], 16))
+                .collect();
+            let (_, device) = receive(channel.as_fd())?;
+            let device = device.ok_or("no device")?;
+            match Mark::resume(device, &bytes?, files.clone()) {
+                Ok(mark) => {
+                    send(channel.as_fd(), b"serving", None)?;
+                    mark
+                }
+                Err(error) => return Ok(send(channel.as_fd(), chain(&error).as_bytes(), None)?),
+            }
+        }
+    };
+    loop {
+        let (command, _) = receive(channel.as_fd())?;
+        match command.as_slice() {
+            b"update" => {
+                files.update(fixed("a.longer.name.of.a.host:9600"), SystemTime::now());
+                send(channel.as_fd(), b"updated", None)?;
+            }
+            b"withdraw" => {
+                let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+                let count = mark.clone().withdraw(&mounter, &place)?;
+                let why = runtime.block_on(mark.ended());
+                let answer = format!("unmounted {count}, ended: {why}");
+                return Ok(send(channel.as_fd(), answer.as_bytes(), None)?);
+            }
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// Tries to establish a mark where there is no device.
+fn blind_server(target: &Path) -> Outcome {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(
+        Some("none"),
+        "/dev",
+        Some("tmpfs"),
+        MsFlags::empty(),
+        None::<&str>,
+    )?;
+    match Mark::establish(&Linux::new(), &place(target)?, files()) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(chain(&error).into()),
+    }
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = format!("error: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(": {error}");
+        source = error.source();
+    }
+    text
+}
+
+// -------------------------------------------------------------------------------- those who look
+
+/// Prints everything there is to see, once.
+fn look(dir: &Path) -> Outcome {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let mut names: Vec<_> = fs::read_dir(dir)?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?;
+    names.sort();
+    for name in &names {
+        let path = dir.join(name);
+        let found = fs::metadata(&path)?;
+        println!(
+            "{} {:o} size {}: {}",
+            name.to_string_lossy(),
+            found.mode() & 0o7777,
+            found.len(),
+            fs::read_to_string(&path)?.trim()
+        );
+    }
+    let config = dir.join("vineyard-config.yaml");
+    let mut part = [0; 4];
+    fs::File::open(&config)?.read_exact_at(&mut part, 4)?;
+    println!("part of the config: {}", String::from_utf8_lossy(&part));
+    let said = |what: &str, outcome: io::Result<()>| match outcome {
+        Ok(()) => println!("{what}: done"),
+        Err(error) => println!("{what}: {error}"),
+    };
+    said(
+        "writing",
+        fs::OpenOptions::new().write(true).open(&config).map(drop),
+    );
+    said("creating", fs::File::create(dir.join("new")).map(drop));
+    said("removing", fs::remove_file(&config));
+    said("no such file", fs::metadata(dir.join("nothing")).map(drop));
+    let space = rustix::fs::statvfs(dir)?;
+    println!(
+        "directory {:o}, {} inodes, {} space",
+        fs::metadata(dir)?.mode() & 0o7777,
+        space.f_files,
+        if space.f_blocks == 0 { "no" } else { "some" }
+    );
+    Ok(())
+}
+
+/// Looks without a pause on several threads; what it takes for an error, and how long the
+/// longest look took.
+fn traffic(dir: &Path) -> Outcome {
+    let is_over = AtomicBool::new(false);
+    let looks: [fn(&Path) -> Result<(), String>; 4] = [
+        |dir| {
+            fs::metadata(dir.join("status"))
+                .map(drop)
+                .map_err(|e| e.to_string())
+        },
+        |dir| expect(dir, "status", "ready\n"),
+        |dir| expect(dir, "vineyard-config.yaml", "Vineyard:"),
+        |dir| match fs::read_dir(dir).map(|entries| entries.filter(|e| e.is_ok()).count()) {
+            Ok(5) => Ok(()),
+            other => Err(format!("listing: {other:?}")),
+        },
+    ];
+    let reports = std::thread::scope(|scope| {
+        let threads: Vec<_> = looks
+            .into_iter()
+            .map(|look| {
+                let is_over = &is_over;
+                scope.spawn(move || {
+                    let (mut count, mut longest, mut errors) = (0_u64, Duration::ZERO, Vec::new());
+                    while !is_over.load(Ordering::Relaxed) && errors.is_empty() {
+                        let began = Instant::now();
+                        errors.extend(look(dir).err());
+                        longest = longest.max(began.elapsed());
+                        count += 1;
+                    }
+                    (count, longest, errors)
+                })
+            })
+            .collect();
+        until_told();
+        is_over.store(true, Ordering::Relaxed);
+        threads
+            .into_iter()
+            .map(|thread| thread.join())
+            .collect::<Vec<_>>()
+    });
+    let (mut count, mut longest, mut errors) = (0, Duration::ZERO, Vec::new());
+    for report in reports {
+        let (looks, took, wrong) = report.map_err(|_| "a thread panicked")?;
+        count += looks;
+        longest = longest.max(took);
+        errors.extend(wrong);
+    }
+    println!(
+        "errors {}, looks {count}, longest {longest:?} {errors:?}",
+        errors.len()
+    );
+    Ok(())
+}
+
+fn expect(dir: &Path, name: &str, want: &str) -> Result<(), String> {
+    match fs::read_to_string(dir.join(name)) {
+        Ok(text) if text == want => Ok(()),
+        other => Err(format!("{name}: {other:?}")),
+    }
+}
+
+/// Looks whether there is a mount at every moment, dead or alive.
+fn watch(dir: &Path) -> Outcome {
+    let is_over = AtomicBool::new(false);
+    let (mut alive, mut dead, mut bare, mut other) = (0, 0, 0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                match fs::metadata(dir.join("status")) {
+                    Ok(_) => alive += 1,
+                    Err(error) if error.raw_os_error() == Some(libc_enotconn()) => dead += 1,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => bare += 1,
+                    // While it is aborted, a request on its way ends so.
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => dead += 1,
+                    Err(_) => other += 1,
+                }
+            }
+        });
+        until_told();
+        is_over.store(true, Ordering::Relaxed);
+    });
+    println!("alive {alive}, dead {dead}, bare {bare}, other {other}");
+    Ok(())
+}
+
+fn libc_enotconn() -> i32 {
+    nix::errno::Errno::ENOTCONN as i32
+}
+
+/// Keeps a file open until it is killed.
+fn hold(dir: &Path) -> Outcome {
+    let mut file = fs::File::open(dir.join("vineyard-config.yaml"))?;
+    file.read_to_end(&mut Vec::new())?;
+    println!("held");
+    until_told();
+    Ok(())
+}
+
+/// Returns when the supervisor closes our standard input.
+fn until_told() {
+    let _ = io::stdin().read_to_end(&mut Vec::new());
+}
