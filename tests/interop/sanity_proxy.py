@@ -24,7 +24,9 @@ def forward(method):
     def handle(request, servicer_context):
         with kubelet.connection(driver) as channel:
             try:
-                reply = channel.unary_unary(method)(request, timeout=servicer_context.time_remaining())
+                # A caller without a deadline has one that no clock can hold.
+                timeout = min(servicer_context.time_remaining(), 120)
+                reply = channel.unary_unary(method)(request, timeout=timeout)
             except grpc.RpcError as error:
                 servicer_context.abort(error.code(), error.details())
         if method == CAPABILITIES:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -11,19 +12,17 @@ from harness import Task, VINELET, bound_sockets, descendants, eventually, free_
 
 
 class Dev:
-    def __init__(self, directory, prefix=(), extra=()):
+    def __init__(self, directory, log, program=(VINELET,)):
         self.directory = directory
-        self.log = open(f"{directory}.log", "w+")
+        self.log = open(log, "w+")
         self.process = subprocess.Popen(
-            [*prefix, VINELET, "dev", "--dir", str(directory), "--size", "64Mi", "--rpc-port", str(free_port()), *extra],
-            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True)
+            [*program, "dev", "--dir", str(directory), "--size", "64Mi", "--rpc-port", str(free_port())],
+            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True, cwd="/")
 
         def written():
             assert self.process.poll() is None, f"it ended: {self.output()}"
-            try:
-                return json.loads((directory / "dev.json").read_text())
-            except (FileNotFoundError, PermissionError):
-                return None
+            path = directory / "dev.json"
+            return json.loads(path.read_text()) if path.exists() else None
 
         try:
             self.facts = eventually(written, 20, "dev.json")
@@ -56,8 +55,8 @@ class Dev:
 def start(scratch):
     started = []
 
-    def begin(name="dev", prefix=(), extra=()):
-        dev = Dev(scratch / name, prefix, extra)
+    def begin(name="dev", **options):
+        dev = Dev(scratch / name, scratch / f"{os.path.basename(name)}.log", **options)
         started.append(dev)
         return dev
 
@@ -160,31 +159,13 @@ def home(scratch):
 
 
 def test_it_needs_no_root(start, home, scratch):
-    if os.path.basename(VINELET) and not os.access(VINELET, os.X_OK):
-        pytest.fail(f"{VINELET} is not there")
-    # The binary lies where another user may not look: it is started from a copy.
+    # The binary may lie where another user cannot look: it is started from a copy.
     copy = scratch / "vinelet"
-    copy.write_bytes(open(VINELET, "rb").read())
+    shutil.copy(VINELET, copy)
     copy.chmod(0o755)
     user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"]
-    (scratch / "home.log").touch()
-    os.chmod(scratch, 0o755)
-    dev = Dev.__new__(Dev)
-    dev.directory, dev.log = home / "dev", open(scratch / "user.log", "w+")
-    dev.process = subprocess.Popen(
-        [*user, str(copy), "dev", "--dir", str(dev.directory), "--size", "64Mi", "--rpc-port", str(free_port())],
-        stdin=subprocess.DEVNULL, stdout=dev.log, stderr=dev.log, start_new_session=True, cwd="/")
-    try:
-        def written():
-            assert dev.process.poll() is None, f"it ended: {dev.output()}"
-            path = dev.directory / "dev.json"
-            return json.loads(path.read_text()) if path.exists() else None
-
-        facts = eventually(written, 20, "dev.json")
-        with Task() as task:
-            assert task.run(USE, where=[facts["ipc_socket"]]) == 499500
-        assert dev.interrupt() == 0
-        assert mounts(scratch) == [] or all(m.point == "/dev/fuse" for m in mounts(scratch))
-    finally:
-        if dev.process.poll() is None:
-            dev.kill()
+    dev = start("home/dev", program=[*user, str(copy)])
+    with Task() as task:
+        assert task.run(USE, where=[dev.facts["ipc_socket"]]) == 499500
+    assert dev.interrupt() == 0
+    assert [m for m in mounts(scratch) if m.point != "/dev/fuse"] == []
