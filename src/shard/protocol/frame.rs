@@ -17,6 +17,9 @@ const KEPT_CAPACITY: usize = 16 << 10;
 /// What a fresh buffer can take; most requests are shorter.
 const FIRST_CAPACITY: usize = 2 << 10;
 
+/// A read is worth its system call when it can take this much.
+const WORTHWHILE: usize = 512;
+
 /// A frame that cannot be received. Nothing after it on the connection has a meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
@@ -39,7 +42,7 @@ impl Decoder {
         Self::default()
     }
 
-    /// Where a read shall append what has arrived; it has room for some bytes.
+    /// Where a read shall append what has arrived; it has room for a worthwhile read.
     pub fn incoming(&mut self) -> &mut Vec<u8> {
         if self.start == self.buffer.len() {
             self.start = 0;
@@ -51,7 +54,7 @@ impl Decoder {
             self.buffer.drain(..self.start);
             self.start = 0;
         }
-        if self.buffer.capacity() == self.buffer.len() {
+        if self.buffer.capacity() - self.buffer.len() < WORTHWHILE {
             // Doubles what there is, so memory follows the bytes received.
             self.buffer.reserve(self.buffer.len().max(FIRST_CAPACITY));
         }
