@@ -1,5 +1,9 @@
 //! What a person types: one file per subcommand.
 
+mod gflags;
+pub mod shard;
+mod vineyardd;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 

@@ -2,14 +2,53 @@
 //!
 //! [`Store`] is one handle on one lock. [`Lease`] is what one connection has of it: dropping it
 //! gives back what the connection held and had not sealed.
+//!
+//! The lock is a `std` mutex: it is held for decisions only, which take microseconds. Giving
+//! pages back, copying bytes and waking those who wait happen outside; a range of the arena is
+//! not given to others before that is done.
+//!
+//! ```text
+//! state.rs   ● every change, by calling the others; returns Effects
+//! blob.rs    ● created → sealed → deleted; where in the arena
+//! create.rs  ● a client's tree → records
+//! objects.rs ● records → trees; labels, persistence, copies, signatures
+//! object.rs  ● one record, one link
+//! graph.rs   ● who uses whom; delete sets
+//! name.rs    ● names, and who waits for one
+//! lease.rs   ● which connection holds which blob
+//! wait.rs    ● who waits for objects
+//! pattern.rs ● wildcards and expressions
+//! ```
 
-use std::collections::BTreeMap;
+mod blob;
+mod create;
+mod error;
+mod graph;
+mod lease;
+mod name;
+mod object;
+mod objects;
+mod pattern;
+mod state;
+mod wait;
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
+use tokio::sync::oneshot;
 
-use super::ids::{InstanceId, ObjectId, SessionId, Signature};
+pub use self::error::Error;
+use self::lease::ConnectionId;
+use self::state::{Answer, Effects, State};
+use self::wait::WaiterId;
+use crate::shard::ids::{InstanceId, ObjectId, SessionId, Signature};
+use crate::shard::memory::{self, Pool, Segment};
 
 /// A blob as the store knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +79,7 @@ pub struct Config {
     pub memory_limit: u64,
     /// Directory of a tmpfs for the arena; none: an anonymous file (memfd).
     pub arena_dir: Option<PathBuf>,
-    /// Whether to take all pages at start.
+    /// Whether to take all pages at start. Then they are never given back either.
     pub reserve_memory: bool,
     /// `local` or `distributed`, only echoed.
     pub deployment: String,
@@ -97,86 +136,542 @@ pub struct InstanceStatus {
     pub rpc_connections: u64,
 }
 
-/// A store; clones are the same store.
-#[derive(Clone, Debug)]
-pub struct Store;
-
-/// What one connection has of a store.
-#[derive(Debug)]
-pub struct Lease;
-
 /// Why a store cannot open.
 #[derive(Debug, thiserror::Error)]
-#[error("opening the store")]
-pub struct OpenError;
-
-/// Why a request on the store failed. `Display` is the text clients get.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// The arena is full, by count or by fragmentation.
-    #[error("Failed to allocate memory of size {size}, total available memory size are {limit}, and {used} are already in use")]
-    NotEnoughMemory {
-        /// Bytes asked for.
-        size: u64,
-        /// The limit.
-        limit: u64,
-        /// What is in use.
-        used: u64,
-    },
+pub enum OpenError {
+    /// No file is that long.
+    #[error("a store of {0} bytes is larger than any file")]
+    Size(u64),
+    /// There is no arena.
+    #[error("opening the arena")]
+    Arena(#[from] memory::Error),
 }
 
-#[allow(unused_variables, missing_docs, clippy::unimplemented)]
+/// A store; clones are the same store.
+///
+/// All methods may be called from any thread, and from tasks: none but [`Self::delete`],
+/// [`Self::clear`] and the copying ones does more than a few microseconds' work per object.
+#[derive(Clone, Debug)]
+pub struct Store {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    instance: InstanceId,
+    segment: Segment,
+    guarded: Mutex<Guarded>,
+    /// Pages have been given back; for creations that found no room meanwhile.
+    trimmed: Condvar,
+}
+
+/// What the lock guards.
+#[derive(Debug)]
+struct Guarded {
+    state: State,
+    parked: HashMap<WaiterId, oneshot::Sender<Answer>>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Guarded> {
+        self.guarded.lock().unwrap_or_else(|_| {
+            // A change was left half-done. What is in shared memory is worth more than this
+            // process: the next one starts from a state that is whole.
+            tracing::error!("the store broke off in the middle of a change; giving up");
+            std::process::abort()
+        })
+    }
+
+    /// Changes the state, then does what that entails.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> (T, Effects)) -> T {
+        let mut guarded = self.lock();
+        let (value, effects) = change(&mut guarded.state);
+        let answers: Vec<_> = effects
+            .wake
+            .into_iter()
+            .filter_map(|(waiter, answer)| Some((guarded.parked.remove(&waiter)?, answer)))
+            .collect();
+        drop(guarded);
+        for (sender, answer) in answers {
+            // An error means that nobody waits any longer.
+            _ = sender.send(answer);
+        }
+        if !effects.trim.is_empty() {
+            self.trim(effects.trim);
+        }
+        value
+    }
+
+    /// As [`Self::change`], for changes that may be refused.
+    fn try_change<T, E>(
+        &self,
+        change: impl FnOnce(&mut State) -> Result<(T, Effects), E>,
+    ) -> Result<T, E> {
+        self.change(|state| match change(state) {
+            Ok((value, effects)) => (Ok(value), effects),
+            Err(err) => (Err(err), Effects::default()),
+        })
+    }
+
+    fn trim(&self, mut ranges: Vec<std::ops::Range<u64>>) {
+        if !self.config.reserve_memory {
+            // Neighbours together: pages that they share are given back as well.
+            ranges.sort_by_key(|range| range.start);
+            let mut merged: Vec<std::ops::Range<u64>> = Vec::with_capacity(ranges.len());
+            for range in &ranges {
+                match merged.last_mut() {
+                    Some(last) if last.end == range.start => last.end = range.end,
+                    Some(_) | None => merged.push(range.clone()),
+                }
+            }
+            for range in merged {
+                if let Err(err) = self.segment.punch(range.clone()) {
+                    tracing::warn!(?range, %err, "pages are not given back");
+                }
+            }
+        }
+        self.lock().state.trimmed(ranges);
+        self.trimmed.notify_all();
+    }
+}
+
+/// A parked request; it ends with the future that owns this.
+struct Parked<'a> {
+    shared: &'a Shared,
+    waiter: WaiterId,
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        let mut guarded = self.shared.lock();
+        guarded.parked.remove(&self.waiter);
+        guarded.state.cancel(self.waiter);
+    }
+}
+
+/// The clock, in milliseconds since the epoch.
+fn now() -> u64 {
+    u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn since_epoch() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
 impl Store {
-    pub fn open(config: Config) -> Result<Self, OpenError> { unimplemented!() }
-    pub fn config(&self) -> &Config { unimplemented!() }
-    pub fn instance_id(&self) -> InstanceId { unimplemented!() }
-    pub fn session_id(&self) -> SessionId { SessionId::ROOT }
-    pub fn connect(&self, transport: Transport) -> Lease { unimplemented!() }
-    /// The arena file, for clients to map `[0, arena_size)`.
-    pub fn arena(&self) -> BorrowedFd<'_> { unimplemented!() }
-    pub fn arena_size(&self) -> u64 { unimplemented!() }
-    pub fn status(&self) -> InstanceStatus { unimplemented!() }
-    /// `{"i0": {...}}`, as `cluster_meta` answers.
-    pub fn cluster_meta(&self) -> Map<String, Value> { unimplemented!() }
+    /// A store with nothing in it.
+    pub fn open(config: Config) -> Result<Self, OpenError> {
+        let limit = config.memory_limit;
+        let pool = Pool::new(limit).ok_or(OpenError::Size(limit))?;
+        let segment = Segment::create(config.arena_dir.as_deref(), pool.region())?;
+        if config.reserve_memory {
+            segment.reserve()?;
+        }
+        // The embedded metadata has this one instance.
+        let instance = InstanceId(0);
+        let state = State::new(instance, pool);
+        let guarded = Mutex::new(Guarded {
+            state,
+            parked: HashMap::new(),
+        });
+        let trimmed = Condvar::new();
+        Ok(Self {
+            shared: Arc::new(Shared {
+                config,
+                instance,
+                segment,
+                guarded,
+                trimmed,
+            }),
+        })
+    }
 
-    pub fn is_in_use(&self, id: ObjectId) -> bool { unimplemented!() }
-    pub fn create_object(&self, content: Value) -> Result<Created, Error> { unimplemented!() }
-    pub fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>, Error> { unimplemented!() }
+    /// What the store was opened with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// This instance among those that share metadata.
+    pub fn instance_id(&self) -> InstanceId {
+        self.shared.instance
+    }
+
+    /// The session that the store is of.
+    pub fn session_id(&self) -> SessionId {
+        SessionId::ROOT
+    }
+
+    /// Begins a connection.
+    pub fn connect(&self, transport: Transport) -> Lease {
+        let connection = self.shared.lock().state.connect(transport);
+        Lease {
+            store: self.clone(),
+            connection,
+        }
+    }
+
+    /// The arena file, for clients to map `[0, arena_size)`.
+    pub fn arena(&self) -> BorrowedFd<'_> {
+        self.shared.segment.fd()
+    }
+
+    /// Length of the arena in bytes: more than the limit.
+    pub fn arena_size(&self) -> u64 {
+        self.shared.segment.size()
+    }
+
+    /// The figures of this moment.
+    pub fn status(&self) -> InstanceStatus {
+        let figures = self.shared.lock().state.figures();
+        InstanceStatus {
+            instance_id: self.shared.instance,
+            deployment: self.shared.config.deployment.clone(),
+            memory_usage: figures.used,
+            memory_limit: figures.limit,
+            deferred_requests: figures.parked,
+            ipc_connections: figures.ipc,
+            rpc_connections: figures.rpc,
+        }
+    }
+
+    /// `{"i0": {...}}`, as `cluster_meta` answers.
+    pub fn cluster_meta(&self) -> Map<String, Value> {
+        let Config {
+            hostname,
+            nodename,
+            ipc_socket,
+            rpc_endpoint,
+            ..
+        } = self.config();
+        let mut hash = DefaultHasher::new();
+        (hostname, nodename).hash(&mut hash);
+        let now = since_epoch();
+        let timestamp = (now.as_secs() << 32) + u64::from(now.subsec_micros());
+        let mut instance = Map::new();
+        // Any number that differs from host to host; 48 bits survive a reader that uses floats.
+        instance.insert("hostid".into(), (hash.finish() >> 16).into());
+        instance.insert("hostname".into(), hostname.as_str().into());
+        instance.insert("nodename".into(), nodename.as_str().into());
+        instance.insert("ipc_socket".into(), ipc_socket.as_str().into());
+        instance.insert("rpc_endpoint".into(), rpc_endpoint.as_str().into());
+        instance.insert("timestamp".into(), timestamp.into());
+        Map::from_iter([(self.shared.instance.to_string(), Value::Object(instance))])
+    }
+
+    /// Whether a blob is in memory. Upstream up to 0.24.2 said whether somebody holds it; since
+    /// then, and here, only a spilled blob is not in use.
+    pub fn is_in_use(&self, _id: ObjectId) -> bool {
+        true
+    }
+
+    /// A new object with this metadata.
+    pub fn create_object(&self, content: Value) -> Result<Created, Error> {
+        let created = self.create_objects(vec![content])?;
+        created.into_iter().next().ok_or(Error::NotAnObject)
+    }
+
+    /// New objects with this metadata, all or none. None of them can be a member of another.
+    pub fn create_objects(&self, contents: Vec<Value>) -> Result<Vec<Created>, Error> {
+        let now = now();
+        self.shared
+            .try_change(|state| state.create_objects(contents, now))
+    }
+
     /// Object text → tree; what is missing is absent.
-    pub fn get_objects(&self, ids: &[ObjectId]) -> Map<String, Value> { unimplemented!() }
+    pub fn get_objects(&self, ids: &[ObjectId]) -> Map<String, Value> {
+        let (found, broken) = self.shared.lock().state.get_objects(ids);
+        for (id, why) in broken {
+            tracing::warn!(object_id = %id, ?why, "an object cannot be shown");
+        }
+        found
+    }
+
     /// As `get_objects`, once all of them exist. Dropping the future ends the wait.
-    pub async fn wait_objects(&self, ids: &[ObjectId]) -> Map<String, Value> { unimplemented!() }
-    pub fn list_objects(&self, pattern: &str, regex: bool, limit: u64) -> Map<String, Value> { unimplemented!() }
-    /// The blobs of the delete set, those that never existed included.
-    pub fn delete(&self, ids: &[ObjectId], options: DeleteOptions) -> Result<Vec<ObjectId>, Error> { unimplemented!() }
-    pub fn clear(&self) { unimplemented!() }
-    pub fn exists(&self, id: ObjectId) -> bool { unimplemented!() }
-    pub fn persist(&self, id: ObjectId) -> Result<(), Error> { unimplemented!() }
-    pub fn is_persisted(&self, id: ObjectId) -> Result<bool, Error> { unimplemented!() }
-    pub fn label(&self, id: ObjectId, labels: Vec<(String, String)>) -> Result<(), Error> { unimplemented!() }
-    pub fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId, Error> { unimplemented!() }
-    pub fn put_name(&self, id: ObjectId, name: &str) -> Result<(), Error> { unimplemented!() }
-    pub fn get_name(&self, name: &str) -> Result<ObjectId, Error> { unimplemented!() }
+    pub async fn wait_objects(&self, ids: &[ObjectId]) -> Map<String, Value> {
+        loop {
+            let parked = self.park(|state| state.wait_objects(ids.to_vec()));
+            match parked {
+                Ok(found) => return found,
+                Err((_guard, answer)) => {
+                    if let Ok(Answer::Objects(found)) = answer.await {
+                        return found;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Trees of the first `limit` objects whose typename matches, then of sealed blobs if there
+    /// is room and the pattern, as a wildcard, fits their type.
+    pub fn list_objects(&self, pattern: &str, regex: bool, limit: u64) -> Map<String, Value> {
+        self.shared.lock().state.list_objects(pattern, regex, limit)
+    }
+
+    /// The blobs of the delete set, those that never existed included. What may not be deleted
+    /// stays; that is no error.
+    pub fn delete(&self, ids: &[ObjectId], options: DeleteOptions) -> Result<Vec<ObjectId>, Error> {
+        self.shared.try_change(|state| state.delete(ids, options))
+    }
+
+    /// Deletes all objects and blobs, also those in use and unsealed ones. Names stay.
+    pub fn clear(&self) {
+        self.shared.change(|state| ((), state.clear()));
+    }
+
+    /// Whether there is such an object, or such a blob, sealed or not.
+    pub fn exists(&self, id: ObjectId) -> bool {
+        self.shared.lock().state.exists(id)
+    }
+
+    /// Makes an object known cluster-wide, and the transient ones below it.
+    pub fn persist(&self, id: ObjectId) -> Result<(), Error> {
+        self.shared.lock().state.persist(id)
+    }
+
+    /// Whether [`Self::persist`] has been called for it.
+    pub fn is_persisted(&self, id: ObjectId) -> Result<bool, Error> {
+        self.shared.lock().state.is_persisted(id)
+    }
+
+    /// Adds labels to an object, replacing those with the same key.
+    pub fn label(&self, id: ObjectId, labels: Vec<(String, String)>) -> Result<(), Error> {
+        self.shared.lock().state.label(id, labels)
+    }
+
+    /// A new object with the fields and members of another, and some fields more.
+    pub fn shallow_copy(&self, id: ObjectId, extra: Map<String, Value>) -> Result<ObjectId, Error> {
+        let now = now();
+        self.shared
+            .try_change(|state| state.shallow_copy(id, extra, now))
+    }
+
+    /// Gives a name to a persisted object, whoever had it.
+    pub fn put_name(&self, id: ObjectId, name: &str) -> Result<(), Error> {
+        self.shared
+            .try_change(|state| Ok(((), state.put_name(id, name)?)))
+    }
+
+    /// The object of that name; it may be gone.
+    pub fn get_name(&self, name: &str) -> Result<ObjectId, Error> {
+        self.shared.lock().state.get_name(name)
+    }
+
     /// As `get_name`, once the name exists. Dropping the future ends the wait.
-    pub async fn wait_name(&self, name: &str) -> ObjectId { unimplemented!() }
-    pub fn list_names(&self, pattern: &str, regex: bool, limit: u64) -> BTreeMap<String, ObjectId> { unimplemented!() }
-    pub fn drop_name(&self, name: &str) -> Result<(), Error> { unimplemented!() }
+    pub async fn wait_name(&self, name: &str) -> ObjectId {
+        loop {
+            let parked = self.park(|state| state.wait_name(name));
+            match parked {
+                Ok(id) => return id,
+                Err((_guard, answer)) => {
+                    if let Ok(Answer::Name(id)) = answer.await {
+                        return id;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The first `limit` names that match, in ascending order.
+    pub fn list_names(&self, pattern: &str, regex: bool, limit: u64) -> BTreeMap<String, ObjectId> {
+        self.shared.lock().state.list_names(pattern, regex, limit)
+    }
+
+    /// Takes a name away; one that is not there is no error.
+    pub fn drop_name(&self, name: &str) -> Result<(), Error> {
+        self.shared.lock().state.drop_name(name);
+        Ok(())
+    }
+
+    /// Keeps the bytes of a blob in place while they are copied, even if it is deleted
+    /// meanwhile. None where there is no such blob.
+    pub fn pin(&self, id: ObjectId) -> Option<Pin> {
+        let payload = self.shared.lock().state.pin(id)?;
+        Some(Pin {
+            store: self.clone(),
+            payload,
+        })
+    }
+
     /// Bytes of a sealed or unsealed blob, for the doors that pass bytes.
-    pub fn read_blob(&self, payload: &Payload, at: u64, buffer: &mut [u8]) -> Result<(), Error> { unimplemented!() }
-    pub fn write_blob(&self, payload: &Payload, at: u64, bytes: &[u8]) -> Result<(), Error> { unimplemented!() }
+    pub fn read_blob(&self, payload: &Payload, at: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let length = buffer.len() as u64;
+        self.copy(payload, at, length, |segment, offset| {
+            segment.read(offset, buffer)
+        })
+    }
+
+    /// Fills bytes of a blob, for the doors that pass bytes.
+    pub fn write_blob(&self, payload: &Payload, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        let length = bytes.len() as u64;
+        self.copy(payload, at, length, |segment, offset| {
+            segment.write(offset, bytes)
+        })
+    }
+
+    fn copy(
+        &self,
+        payload: &Payload,
+        at: u64,
+        length: u64,
+        copy: impl FnOnce(&Segment, u64) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        let Payload {
+            id, offset, size, ..
+        } = *payload;
+        if at.checked_add(length).is_none_or(|end| end > size) {
+            return Err(Error::OutOfBounds {
+                id,
+                at,
+                length,
+                size,
+            });
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        // Nobody may get these bytes while they are copied. A blob that is deleted already is
+        // kept by the pin of whoever goes on with it.
+        let _pin = self.pin(id);
+        if !self.shared.lock().state.is_backed(payload) {
+            return Err(Error::BlobGone(id));
+        }
+        copy(&self.shared.segment, offset + at).map_err(|err| Error::Memory {
+            id,
+            reason: err.to_string(),
+        })
+    }
+
+    /// What is wanted if it is there, or a parked request.
+    fn park<T>(
+        &self,
+        wait: impl FnOnce(&mut State) -> Result<T, WaiterId>,
+    ) -> Result<T, (Parked<'_>, oneshot::Receiver<Answer>)> {
+        let mut guarded = self.shared.lock();
+        wait(&mut guarded.state).map_err(|waiter| {
+            let (sender, receiver) = oneshot::channel();
+            guarded.parked.insert(waiter, sender);
+            (
+                Parked {
+                    shared: &self.shared,
+                    waiter,
+                },
+                receiver,
+            )
+        })
+    }
 }
 
-#[allow(unused_variables, missing_docs, clippy::unimplemented)]
+/// A blob whose bytes stay in place for as long as this exists.
+#[derive(Debug)]
+pub struct Pin {
+    store: Store,
+    payload: Payload,
+}
+
+impl Pin {
+    /// The blob as it was when it was pinned.
+    pub fn payload(&self) -> &Payload {
+        &self.payload
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let Payload { id, offset, .. } = self.payload;
+        self.store
+            .shared
+            .change(|state| ((), state.unpin(id, offset)));
+    }
+}
+
+/// What one connection has of a store.
+///
+/// Dropping it releases what it holds and frees the blobs it created that nobody sealed.
+#[derive(Debug)]
+pub struct Lease {
+    store: Store,
+    connection: ConnectionId,
+}
+
 impl Lease {
-    pub fn store(&self) -> &Store { unimplemented!() }
-    pub fn create_blob(&self, size: u64) -> Result<Payload, Error> { unimplemented!() }
-    /// All or none.
-    pub fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> { unimplemented!() }
-    pub fn seal(&self, id: ObjectId) -> Result<(), Error> { unimplemented!() }
-    /// Unknown ids are left out; an unsealed one fails the whole unless `allow_unsealed`.
-    pub fn get_blobs(&self, ids: &[ObjectId], allow_unsealed: bool) -> Result<Vec<Payload>, Error> { unimplemented!() }
-    pub fn hold(&self, ids: &[ObjectId]) { unimplemented!() }
-    pub fn release(&self, id: ObjectId) -> Result<(), Error> { unimplemented!() }
-    pub fn drop_blob(&self, id: ObjectId) -> Result<(), Error> { unimplemented!() }
-    pub fn shrink_blob(&self, id: ObjectId, size: u64) -> Result<(), Error> { unimplemented!() }
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// A new, unsealed blob; of no bytes, the empty one.
+    pub fn create_blob(&self, size: u64) -> Result<Payload, Error> {
+        let created = self.create_blobs(&[size])?;
+        created
+            .into_iter()
+            .next()
+            .ok_or(Error::DropUnknown(ObjectId::INVALID))
+    }
+
+    /// New, unsealed blobs, all or none.
+    pub fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> {
+        let now = now();
+        let shared = &self.store.shared;
+        let mut guarded = shared.lock();
+        loop {
+            match guarded.state.create_blobs(self.connection, sizes, now) {
+                Ok(created) => return Ok(created),
+                Err((err, false)) => return Err(err),
+                Err((_, true)) => {
+                    let wait = shared.trimmed.wait(guarded);
+                    guarded = wait.unwrap_or_else(|_| std::process::abort());
+                }
+            }
+        }
+    }
+
+    /// Lets others see a blob, and holds it.
+    pub fn seal(&self, id: ObjectId) -> Result<(), Error> {
+        let seal = |state: &mut State| Ok(((), state.seal(self.connection, id)?));
+        self.store.shared.try_change(seal)
+    }
+
+    /// Unknown ids are left out; an unsealed one fails the whole unless `allow_unsealed`. Holds
+    /// them.
+    pub fn get_blobs(&self, ids: &[ObjectId], allow_unsealed: bool) -> Result<Vec<Payload>, Error> {
+        self.store
+            .shared
+            .lock()
+            .state
+            .get_blobs(self.connection, ids, allow_unsealed)
+    }
+
+    /// Holds blobs; unknown ids are accepted.
+    pub fn hold(&self, ids: &[ObjectId]) {
+        self.store.shared.lock().state.hold(self.connection, ids);
+    }
+
+    /// No longer holds a blob.
+    pub fn release(&self, id: ObjectId) -> Result<(), Error> {
+        self.store.shared.lock().state.release(self.connection, id)
+    }
+
+    /// Frees a blob, whoever holds it.
+    pub fn drop_blob(&self, id: ObjectId) -> Result<(), Error> {
+        self.store
+            .shared
+            .try_change(|state| Ok(((), state.drop_blob(id)?)))
+    }
+
+    /// Cuts an unsealed blob; the rest of its bytes no longer count.
+    pub fn shrink_blob(&self, id: ObjectId, size: u64) -> Result<(), Error> {
+        self.store
+            .shared
+            .try_change(|state| Ok(((), state.shrink_blob(id, size)?)))
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let disconnect = |state: &mut State| ((), state.disconnect(self.connection));
+        self.store.shared.change(disconnect);
+    }
 }

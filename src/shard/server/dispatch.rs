@@ -1,0 +1,482 @@
+//! Request → Store → Reply, and the one table from the store's errors to vineyard's codes.
+//!
+//! What a request needs beyond one call of the store is returned as a value: a wait, an upload, a
+//! download. The connection carries it out; nothing here reads, writes or waits.
+
+use crate::shard::ids::{ObjectId, SessionId};
+use crate::shard::protocol::VERSION;
+use crate::shard::protocol::code::Code;
+use crate::shard::protocol::message::{Message, MessageError};
+use crate::shard::protocol::payload::{self, Payload};
+use crate::shard::protocol::reply::{InstanceStatus, Reply};
+use crate::shard::protocol::request::{BlobList, Deletion, Request, StoreType};
+use crate::shard::store::{self, DeleteOptions, Lease, Store, Transport};
+
+/// The other end of a connection, as far as requests are concerned.
+#[derive(Debug)]
+pub(super) struct Client {
+    lease: Lease,
+    transport: Transport,
+    is_registered: bool,
+    /// Whether the client has the arena's descriptor.
+    has_arena: bool,
+}
+
+/// What to do about a request.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// Answer.
+    Reply(Reply),
+    /// Answer, and pass the arena's descriptor after it.
+    ReplyWithArena(Reply),
+    /// Answer when what is waited for is there.
+    Wait(Wait),
+    /// Answer, take the blobs' bytes, see [`Client::uploaded`], answer again.
+    Upload {
+        go_ahead: Reply,
+        blobs: Vec<store::Payload>,
+    },
+    /// Answer, send the blobs' bytes, see [`Client::downloaded`].
+    Download {
+        reply: Reply,
+        blobs: Vec<store::Payload>,
+    },
+    /// Close without an answer.
+    Close,
+}
+
+/// What a deferred request waits for.
+#[derive(Debug, PartialEq)]
+pub(super) enum Wait {
+    Objects(Vec<ObjectId>),
+    Name(String),
+}
+
+impl Wait {
+    /// The reply, once it can be given.
+    pub(super) async fn over(self, store: &Store) -> Reply {
+        match self {
+            Self::Objects(ids) => Reply::GetData {
+                content: store.wait_objects(&ids).await,
+            },
+            Self::Name(name) => Reply::GetName {
+                object_id: store.wait_name(&name).await,
+            },
+        }
+    }
+}
+
+/// A refusal, on its way to becoming a reply.
+struct Refusal(Code, String);
+
+impl From<store::Error> for Refusal {
+    fn from(error: store::Error) -> Self {
+        Self(code_of(&error), error.to_string())
+    }
+}
+
+fn code_of(error: &store::Error) -> Code {
+    match error {
+        store::Error::NotEnoughMemory { .. } => Code::NotEnoughMemory,
+    }
+}
+
+fn not_supported(what: &str) -> Refusal {
+    Refusal(Code::NotImplemented, format!("{what} not supported"))
+}
+
+fn invalid(text: impl Into<String>) -> Refusal {
+    Refusal(Code::Invalid, text.into())
+}
+
+impl Client {
+    /// A client that has said nothing yet.
+    pub(super) fn new(store: &Store, transport: Transport) -> Self {
+        Self {
+            lease: store.connect(transport),
+            transport,
+            is_registered: false,
+            has_arena: false,
+        }
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        self.lease.store()
+    }
+
+    /// Understands a frame's body, unless the client has to register first.
+    pub(super) fn understand(&self, body: &[u8]) -> Result<Request, MessageError> {
+        let message = Message::read(body)?;
+        if !self.is_registered && message.command != "register_request" {
+            return Err(MessageError::not_registered(&message.command));
+        }
+        Request::read(&message)
+    }
+
+    /// Does what can be done at once.
+    pub(super) fn dispatch(&mut self, request: Request) -> Step {
+        self.perform(request)
+            .unwrap_or_else(|Refusal(code, message)| Step::Reply(Reply::Error { code, message }))
+    }
+
+    #[allow(clippy::too_many_lines)]
+    fn perform(&mut self, request: Request) -> Result<Step, Refusal> {
+        let reply = match request {
+            Request::Register {
+                store_type,
+                session_id,
+                ..
+            } => self.register(store_type, session_id)?,
+            Request::Exit => return Ok(Step::Close),
+
+            Request::CreateBuffer { size } => {
+                let created = self.described(&self.lease.create_blob(size)?);
+                let fd = self.announce(&[created]).unwrap_or(-1);
+                return Ok(with_arena(Reply::CreateBuffer { created, fd }, fd >= 0));
+            }
+            Request::CreateBuffers { sizes } => {
+                let payloads = self.all_described(&self.lease.create_blobs(&sizes)?);
+                let fds = Vec::from_iter(self.announce(&payloads));
+                let is_new = !fds.is_empty();
+                return Ok(with_arena(Reply::CreateBuffers { payloads, fds }, is_new));
+            }
+            Request::GetBuffers(list) => {
+                let blobs = self.lease.get_blobs(&list.ids, list.allow_unsealed)?;
+                let payloads = self.all_described(&blobs);
+                let fds = Vec::from_iter(self.announce(&payloads));
+                let is_new = !fds.is_empty();
+                let reply = Reply::GetBuffers {
+                    payloads,
+                    fds,
+                    compress: false,
+                };
+                return Ok(with_arena(reply, is_new));
+            }
+            Request::Seal { object_id } => {
+                self.lease.seal(object_id)?;
+                Reply::Seal
+            }
+            Request::DropBuffer { id } => {
+                self.lease.drop_blob(id)?;
+                Reply::DropBuffer
+            }
+            Request::ShrinkBuffer { id, size } => {
+                self.lease.shrink_blob(id, size)?;
+                Reply::ShrinkBuffer
+            }
+            Request::IncreaseReferenceCount { ids } => {
+                self.lease.hold(&ids);
+                Reply::IncreaseReferenceCount
+            }
+            Request::Release { object_id } => {
+                self.lease.release(object_id)?;
+                Reply::Release
+            }
+            Request::IsInUse { id } => Reply::IsInUse(self.store().is_in_use(id)),
+            // Every blob is resident: there is nothing to spill to.
+            Request::IsSpilled { .. } => Reply::IsSpilled(false),
+            Request::CreateGpuBuffer | Request::GetGpuBuffers => {
+                return Err(invalid("GPU support is not enabled"));
+            }
+            Request::CreateDiskBuffer { .. } => return Err(not_supported("disk buffers are")),
+
+            Request::CreateRemoteBuffer {
+                size,
+                compress,
+                use_rdma,
+            } => {
+                refuse_detours(compress, use_rdma)?;
+                let blob = self.lease.create_blob(size)?;
+                let go_ahead = Reply::CreateBuffer {
+                    created: self.uploading(&blob),
+                    fd: -1,
+                };
+                return Ok(Step::Upload {
+                    go_ahead,
+                    blobs: vec![blob],
+                });
+            }
+            Request::CreateRemoteBuffers {
+                sizes,
+                compress,
+                use_rdma,
+            } => {
+                refuse_detours(compress, use_rdma)?;
+                let blobs = self.lease.create_blobs(&sizes)?;
+                let go_ahead = Reply::CreateBuffers {
+                    payloads: blobs.iter().map(|blob| self.uploading(blob)).collect(),
+                    fds: Vec::new(),
+                };
+                return Ok(Step::Upload { go_ahead, blobs });
+            }
+            Request::GetRemoteBuffers(list) => return self.download(&list),
+            // There is never anything locked by RDMA.
+            Request::ReleaseBlobsWithRdma => Reply::ReleaseBlobsWithRdma,
+
+            Request::CreateData { content } => {
+                let created = self.store().create_object(content)?;
+                Reply::CreateData {
+                    id: created.id,
+                    signature: created.signature,
+                    instance_id: created.instance_id,
+                }
+            }
+            Request::CreateDatas { contents } => {
+                let created = self.store().create_objects(contents)?;
+                Reply::CreateDatas {
+                    ids: created.iter().map(|object| object.id).collect(),
+                    signatures: created.iter().map(|object| object.signature).collect(),
+                    instance_ids: created.iter().map(|object| object.instance_id).collect(),
+                }
+            }
+            // Metadata of this instance is always up to date, so `sync_remote` asks for nothing.
+            Request::GetData { id, wait: true, .. } => {
+                return Ok(Step::Wait(Wait::Objects(id)));
+            }
+            Request::GetData {
+                id, wait: false, ..
+            } => Reply::GetData {
+                content: self.store().get_objects(&id),
+            },
+            Request::ListData {
+                pattern,
+                regex,
+                limit,
+            } => Reply::GetData {
+                content: self.store().list_objects(&pattern, regex, limit),
+            },
+            Request::DelData(deletion) => {
+                self.delete(&deletion)?;
+                Reply::DelData
+            }
+            Request::DelDataWithFeedbacks(deletion) => Reply::DelDataWithFeedbacks {
+                deleted_bids: self.delete(&deletion)?,
+            },
+            Request::Exists { id } => Reply::Exists(self.store().exists(id)),
+            Request::Persist { id } => {
+                self.store().persist(id)?;
+                Reply::Persist
+            }
+            Request::IfPersist { id } => Reply::IfPersist(self.store().is_persisted(id)?),
+            Request::Label { id, keys, values } => {
+                if keys.len() != values.len() {
+                    return Err(invalid(format!(
+                        "labels: {} keys and {} values",
+                        keys.len(),
+                        values.len()
+                    )));
+                }
+                let labels = keys.into_iter().zip(values).collect();
+                self.store().label(id, labels)?;
+                Reply::Label
+            }
+            Request::Clear => {
+                tracing::info!("a client cleared the store");
+                self.store().clear();
+                Reply::Clear
+            }
+            Request::MemoryTrim => Reply::MemoryTrim,
+            Request::ShallowCopy { id, extra } => Reply::ShallowCopy {
+                target_id: self.store().shallow_copy(id, extra)?,
+            },
+
+            Request::PutName { object_id, name } => {
+                self.store().put_name(object_id, &name)?;
+                Reply::PutName
+            }
+            Request::GetName { name, wait: true } => return Ok(Step::Wait(Wait::Name(name))),
+            Request::GetName { name, wait: false } => Reply::GetName {
+                object_id: self.store().get_name(&name)?,
+            },
+            Request::ListName {
+                pattern,
+                regex,
+                limit,
+            } => Reply::ListName {
+                names: self.store().list_names(&pattern, regex, limit),
+            },
+            Request::DropName { name } => {
+                self.store().drop_name(&name)?;
+                Reply::DropName
+            }
+
+            Request::ClusterMeta => Reply::ClusterMeta {
+                meta: self.store().cluster_meta(),
+            },
+            Request::InstanceStatus => Reply::InstanceStatus(self.status()),
+            Request::Debug => Reply::Debug,
+            Request::MigrateObject { .. } => return Err(not_supported("migration is")),
+            Request::AcquireLock { .. } | Request::ReleaseLock { .. } => {
+                return Err(not_supported("locks without etcd are"));
+            }
+
+            Request::Evict { .. } => return Err(invalid("Spill path is not set")),
+            Request::Load { .. } | Request::Unpin { .. } => {
+                return Err(not_supported("spilling is"));
+            }
+            Request::CreateStream { .. }
+            | Request::OpenStream { .. }
+            | Request::GetNextStreamChunk { .. }
+            | Request::PushNextStreamChunk { .. }
+            | Request::PullNextStreamChunk { .. }
+            | Request::StopStream { .. }
+            | Request::DropStream { .. } => return Err(not_supported("streams are")),
+            Request::MakeArena { .. } | Request::FinalizeArena { .. } => {
+                return Err(not_supported("arenas of clients are"));
+            }
+            Request::NewSession { .. }
+            | Request::DeleteSession
+            | Request::MoveBuffersOwnership { .. } => return Err(not_supported("sessions are")),
+            Request::CreateBufferByPlasma { .. }
+            | Request::GetBuffersByPlasma
+            | Request::PlasmaSeal { .. }
+            | Request::PlasmaRelease { .. }
+            | Request::PlasmaDeleteData { .. } => {
+                return Err(not_supported("plasma stores are"));
+            }
+        };
+        Ok(Step::Reply(reply))
+    }
+
+    fn register(&mut self, store_type: StoreType, session: SessionId) -> Result<Reply, Refusal> {
+        // A UNIX socket is its session, whatever the client says; a port serves all of them.
+        if self.transport == Transport::Rpc && session != self.store().session_id() {
+            return Err(invalid(format!("Session (sid = {session}) not exit")));
+        }
+        self.is_registered = true;
+        let store = self.store();
+        let config = store.config();
+        Ok(Reply::Register {
+            instance_id: store.instance_id(),
+            ipc_socket: config.ipc_socket.clone(),
+            rpc_endpoint: config.rpc_endpoint.clone(),
+            session_id: store.session_id(),
+            store_match: store_type == StoreType::Normal,
+            support_rpc_compression: false,
+            version: VERSION,
+        })
+    }
+
+    fn status(&self) -> InstanceStatus {
+        let status = self.store().status();
+        InstanceStatus {
+            deferred_requests: status.deferred_requests,
+            deployment: status.deployment,
+            instance_id: status.instance_id,
+            ipc_connections: status.ipc_connections,
+            memory_limit: status.memory_limit,
+            memory_usage: status.memory_usage,
+            rpc_connections: status.rpc_connections,
+        }
+    }
+
+    fn delete(&self, deletion: &Deletion) -> Result<Vec<ObjectId>, Refusal> {
+        let options = DeleteOptions {
+            force: deletion.force,
+            deep: deletion.deep,
+            trim: deletion.memory_trim,
+            fastpath: deletion.fastpath,
+        };
+        Ok(self.store().delete(&deletion.id, options)?)
+    }
+
+    fn described(&self, blob: &store::Payload) -> Payload {
+        let arena_size = self.store().arena_size();
+        Payload::in_arena(blob.id, blob.offset, blob.size, blob.is_sealed, arena_size)
+    }
+
+    fn all_described(&self, blobs: &[store::Payload]) -> Vec<Payload> {
+        blobs.iter().map(|blob| self.described(blob)).collect()
+    }
+
+    /// A blob that is being uploaded is sealed as soon as its bytes are there. Its client is told
+    /// so in advance, since both its replies are the same.
+    fn uploading(&self, blob: &store::Payload) -> Payload {
+        self.described(&store::Payload {
+            is_sealed: true,
+            ..*blob
+        })
+    }
+
+    /// The arena's key, if these are the first blobs that the client has to map. From then on the
+    /// client has it: the descriptor follows the reply.
+    fn announce(&mut self, payloads: &[Payload]) -> Option<i32> {
+        let is_new = self.transport == Transport::Ipc
+            && !self.has_arena
+            && payloads.iter().any(|payload| payload.store_fd >= 0);
+        self.has_arena |= is_new;
+        is_new.then_some(payload::ARENA)
+    }
+
+    fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
+        refuse_detours(list.compress, list.use_rdma)?;
+        let blobs = self
+            .lease
+            .get_blobs(&list.ids, list.allow_unsealed)
+            .map_err(|_| Refusal(Code::KeyError, "Failed to get objects".to_owned()))?;
+        let reply = Reply::GetBuffers {
+            payloads: self.all_described(&blobs),
+            fds: Vec::new(),
+            compress: false,
+        };
+        Ok(Step::Download { reply, blobs })
+    }
+
+    /// Seals what has arrived, or gives back what could not be stored. The answer is the one that
+    /// told the client to go ahead, or the error.
+    pub(super) fn uploaded(
+        &self,
+        go_ahead: Reply,
+        blobs: &[store::Payload],
+        stored: Result<(), store::Error>,
+    ) -> Reply {
+        let sealed = stored.and_then(|()| {
+            for blob in blobs {
+                self.lease.seal(blob.id)?;
+            }
+            Ok(())
+        });
+        match sealed {
+            Ok(()) => {
+                // Sealing makes the uploader a holder; it only wanted the blob to be there.
+                self.downloaded(blobs);
+                go_ahead
+            }
+            Err(error) => {
+                for blob in blobs {
+                    // Whatever took the blob away in the meantime has also freed it.
+                    drop(self.lease.drop_blob(blob.id));
+                }
+                Reply::error(code_of(&error), error.to_string())
+            }
+        }
+    }
+
+    /// Lets go of blobs whose bytes have been sent.
+    pub(super) fn downloaded(&self, blobs: &[store::Payload]) {
+        for blob in blobs {
+            // The empty blob, and one deleted in the meantime, are not held.
+            drop(self.lease.release(blob.id));
+        }
+    }
+}
+
+fn with_arena(reply: Reply, is_new: bool) -> Step {
+    if is_new {
+        Step::ReplyWithArena(reply)
+    } else {
+        Step::Reply(reply)
+    }
+}
+
+/// Bytes travel as they are, on the stream. Clients ask for compression only where the register
+/// reply offers it.
+fn refuse_detours(compress: bool, use_rdma: bool) -> Result<(), Refusal> {
+    if compress {
+        return Err(not_supported("compression is"));
+    }
+    if use_rdma {
+        return Err(not_supported("RDMA is"));
+    }
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! The TCP port: passes bytes.
+
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use rustix::net::{
+    AddressFamily, SocketFlags, SocketType, bind as bind_socket, listen, socket_with, sockopt,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::connection::Link;
+use crate::shard::store::Transport;
+
+/// Connects that may wait; somaxconn may allow fewer.
+const BACKLOG: i32 = 1024;
+
+/// The port, accepting.
+pub(super) struct Door(TcpListener);
+
+impl Door {
+    pub(super) fn open(listener: std::net::TcpListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener).map(Self)
+    }
+}
+
+/// The next connection; never where there is no door.
+pub(super) async fn accept(door: Option<&Door>) -> io::Result<RpcLink> {
+    let Some(Door(listener)) = door else {
+        return pending().await;
+    };
+    let (stream, _) = listener.accept().await?;
+    stream.set_nodelay(true)?;
+    // So that a client whose host has vanished is noticed one day.
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_quickack(&stream, true)?;
+    Ok(RpcLink(stream))
+}
+
+/// A connection on the TCP port.
+pub(super) struct RpcLink(TcpStream);
+
+impl RpcLink {
+    /// Clients send a header and a body by two writes, without TCP_NODELAY: the body leaves when
+    /// the header is acknowledged. A delayed acknowledgement costs 44 ms a request, and the kernel
+    /// goes back to delaying whenever data flows, so this follows every read (tcp(7)).
+    fn acknowledge(&self) -> io::Result<()> {
+        Ok(sockopt::set_tcp_quickack(&self.0, true)?)
+    }
+}
+
+impl Link for RpcLink {
+    const TRANSPORT: Transport = Transport::Rpc;
+
+    async fn read(&mut self, into: &mut Vec<u8>) -> io::Result<usize> {
+        let count = self.0.read_buf(into).await?;
+        self.acknowledge()?;
+        Ok(count)
+    }
+
+    async fn read_slice(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.0.read(into).await?;
+        self.acknowledge()?;
+        Ok(count)
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes).await
+    }
+
+    async fn send_descriptor(&mut self, _: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::Error::from(io::ErrorKind::Unsupported))
+    }
+}
+
+/// See [`super::bind_rpc`]. SO_REUSEADDR takes a port over from connections that are ending;
+/// SO_REUSEPORT, which would share it with another server, is left off.
+pub(super) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind_socket(&socket, &address)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
