@@ -2,17 +2,19 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use rustix::process::WaitStatus;
 
-use super::channel::Peer;
 use super::custody::Custody;
 use super::launch::{Launched, launch};
 use super::message::{ChildPlan, ChildReport, reason};
+use super::peer::Peer;
 use super::policy::{Lifecycle, Then};
 use crate::readiness::Readiness;
 
@@ -53,7 +55,15 @@ impl fmt::Display for Death {
 pub(super) struct Process {
     pub(super) pid: Pid,
     pub(super) peer: Peer,
+    pidfd: OwnedFd,
     since: Instant,
+}
+
+impl Process {
+    /// Readable once the process has ended.
+    pub(super) fn poll_fd(&self) -> PollFd<'_> {
+        PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)
+    }
 }
 
 /// A child, through all its processes.
@@ -91,27 +101,31 @@ impl Child {
     /// Starts a process and queues what it begins with.
     pub(super) fn start(&mut self, program: &PathBuf, custody: &Custody, now: Instant) {
         let name = &self.plan.name;
-        let launched = launch(program, &self.plan).and_then(|Launched { pid, channel }| {
-            match Peer::open(channel, custody.of(name)) {
-                Ok(peer) => Ok((pid, peer)),
-                // A process without its deposits must not begin; its channel is closed, so it
-                // does not, and it is reaped as a stray.
-                Err(unsendable) => Err(io::Error::other(unsendable)),
-            }
+        let launched = launch(program, &self.plan).and_then(|launched| {
+            let Launched {
+                pid,
+                pidfd,
+                channel,
+            } = launched;
+            // A process without its deposits must not begin: where they cannot be queued, its
+            // channel is closed, and it exits.
+            let peer = Peer::open(channel, custody.of(name)).map_err(io::Error::other)?;
+            Ok(Process {
+                pid,
+                peer,
+                pidfd,
+                since: now,
+            })
         });
         match launched {
-            Ok((pid, peer)) => {
+            Ok(process) => {
                 self.lifecycle.started();
                 self.complaint = None;
                 tracing::info!(
-                    child = %name, pid = pid.as_raw(), restarts = self.lifecycle.restarts(),
+                    child = %name, pid = process.pid.as_raw(), restarts = self.lifecycle.restarts(),
                     "child started"
                 );
-                self.process = Some(Process {
-                    pid,
-                    peer,
-                    since: now,
-                });
+                self.process = Some(process);
                 if !self.lifecycle.is_crash_looping() {
                     self.state = Readiness::Starting("started, not ready yet".to_owned());
                 }
@@ -172,9 +186,9 @@ impl Child {
         if let Readiness::Failing(why) = &state {
             self.complaint = Some(why.clone());
         }
-        // In a crash loop each process begins with high hopes.
-        let is_hope = matches!(state, Readiness::Starting(_)) && self.lifecycle.is_crash_looping();
-        if is_hope || state == self.state {
+        // In a crash loop the report keeps saying so until a process gets ready.
+        let is_known = self.lifecycle.is_crash_looping();
+        if is_known || state == self.state {
             return false;
         }
         let child = &self.plan.name;
@@ -231,9 +245,14 @@ impl Child {
         };
         let (child, pid) = (&self.plan.name, process.pid.as_raw());
         tracing::warn!(%child, pid, %signal, "child is sent a signal");
-        // It is not reaped yet, so the number is still its own; ESRCH cannot be.
-        if let Err(error) = kill(process.pid, signal) {
-            tracing::error!(%child, pid, %signal, %error, "signal refused");
+        let number = rustix::process::Signal::from_named_raw(signal as i32);
+        let sent = number
+            .ok_or(rustix::io::Errno::INVAL)
+            .and_then(|number| rustix::process::pidfd_send_signal(&process.pidfd, number));
+        match sent {
+            // It has just ended; that is about to be seen.
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => tracing::error!(%child, pid, %signal, %error, "signal refused"),
         }
     }
 

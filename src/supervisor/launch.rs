@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::datagram;
 use super::message::ChildPlan;
@@ -29,6 +30,8 @@ const ARGV0: &str = "vinelet";
 #[derive(Debug)]
 pub(super) struct Launched {
     pub(super) pid: Pid,
+    /// The process itself, whatever becomes of its number.
+    pub(super) pidfd: OwnedFd,
     /// Our end of the channel.
     pub(super) channel: OwnedFd,
 }
@@ -68,7 +71,18 @@ pub(super) fn launch(program: &PathBuf, plan: &ChildPlan) -> io::Result<Launched
         .map(CString::new)
         .collect::<Result<Vec<_>, _>>()?;
     let pid = posix_spawn(program, &files, &attributes, &args, &environment(plan)?)?;
-    Ok(Launched { pid, channel: ours })
+    // Should this fail, the process finds its channel closed and exits.
+    let pidfd = pidfd(pid)?;
+    Ok(Launched {
+        pid,
+        pidfd,
+        channel: ours,
+    })
+}
+
+fn pidfd(pid: Pid) -> io::Result<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(pid.as_raw()).ok_or(rustix::io::Errno::SRCH)?;
+    Ok(pidfd_open(pid, PidfdFlags::empty())?)
 }
 
 /// Our environment, what the plan adds, and who we are.

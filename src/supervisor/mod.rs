@@ -23,18 +23,18 @@
 
 mod channel;
 mod child;
+mod config;
 mod custody;
 mod datagram;
 mod launch;
 mod lock;
 mod message;
+mod peer;
 mod policy;
 mod signals;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -45,6 +45,7 @@ use rustix::process::WaitOptions;
 pub use channel::{
     ChildChannel, Deposit, FromSupervisor, InheritError, Inherited, SendError, die_with_supervisor,
 };
+pub use config::{Config, NewError, RunError};
 pub use lock::LockError;
 pub use message::{
     ChildPlan, ChildReport, MAX_CHILDREN, MAX_CONTEXT, MAX_DEPOSITS, MAX_DESCRIPTORS, MAX_MESSAGE,
@@ -53,6 +54,7 @@ pub use message::{
 pub use policy::{Backoff, Patience};
 
 use child::{Child, Death};
+use config::kernel;
 use custody::Custody;
 use lock::Lock;
 use message::{NODE, ToSupervisor};
@@ -64,64 +66,13 @@ const MESSAGES_A_TURN: usize = 32;
 /// Enough for every child's deposits at their most usual size; the hard limit may be less.
 const DESCRIPTORS_WISHED: u64 = 65_536;
 
-/// What a supervisor is told.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Where `agent.lock` lies; made where it is missing.
-    pub state_dir: PathBuf,
-    /// What children execute.
-    pub program: PathBuf,
-    /// The child that is always wanted; its name is given to it here.
-    pub node: ChildPlan,
-    /// How soon dead children are started again.
-    pub backoff: Backoff,
-    /// How long stopping may take.
-    pub patience: Patience,
-}
-
-impl Config {
-    /// A node started with `node_args`, from our own program: also if its file has been replaced
-    /// or removed since.
-    pub fn new(state_dir: PathBuf, node_args: Vec<String>) -> Self {
-        Self {
-            state_dir,
-            program: PathBuf::from("/proc/self/exe"),
-            node: ChildPlan {
-                name: NODE.to_owned(),
-                args: node_args,
-                env: BTreeMap::new(),
-            },
-            backoff: Backoff::default(),
-            patience: Patience::default(),
-        }
-    }
-}
-
-/// Why a supervisor cannot begin.
-#[derive(Debug, thiserror::Error)]
-pub enum NewError {
-    /// The state directory is in use, or of no use.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// The node's plan cannot be carried out.
-    #[error("starting the node")]
-    Node(#[source] Malformed),
-}
-
-/// Why a supervisor did not end well.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The kernel refuses what everything else needs.
-    #[error("{what}")]
-    Kernel {
-        /// What was tried.
-        what: &'static str,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-    /// Processes that not even SIGKILL ended in time.
-    #[error("still running although killed: {0}")]
-    LeftBehind(String),
+/// Why a wait is over.
+#[derive(Debug, Default)]
+struct Woken {
+    /// The processes that have ended.
+    ended: Vec<i32>,
+    /// The children with something to say.
+    spoke: Vec<String>,
 }
 
 /// The supervisor.
@@ -161,22 +112,24 @@ impl Supervisor {
         prepare_process()?;
         self.add(self.config.node.clone(), Instant::now());
         let mut buffer = datagram::buffer();
-        while self.stage != Stage::Over {
+        loop {
             let now = Instant::now();
-            self.reap(&mut buffer, now);
             self.act(now);
-            self.tell();
+            self.tell(now);
             self.advance_stage(now);
-            let readable = self.wait(&signals, now)?;
+            if self.stage == Stage::Over {
+                return self.end();
+            }
+            let woken = self.wait(&signals, now)?;
             let now = Instant::now();
-            for name in readable {
-                self.listen(&name, &mut buffer, now);
+            for name in &woken.spoke {
+                self.listen(name, &mut buffer, now);
             }
             for signal in signals.read()? {
                 self.on_signal(signal, now);
             }
+            self.reap(&woken.ended, &mut buffer, now);
         }
-        self.end()
     }
 
     fn end(self) -> Result<(), RunError> {
@@ -207,38 +160,36 @@ impl Supervisor {
         self.has_news = true;
     }
 
-    /// Takes note of every process that has ended, strays that became ours included.
-    fn reap(&mut self, buffer: &mut [u8], now: Instant) {
+    /// Takes note of every process that has ended, strays that became ours included, and of the
+    /// children in `ended` that the kernel has reaped without us: so it does when somebody had
+    /// SIGCHLD ignored before starting us.
+    fn reap(&mut self, ended: &[i32], buffer: &mut [u8], now: Instant) {
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => {
                     let pid = pid.as_raw_nonzero().get();
-                    self.bury(pid, Some(status), buffer, now);
+                    if !self.bury(pid, Some(status), buffer, now) {
+                        tracing::debug!(pid, "stray reaped");
+                    }
                 }
-                Ok(None) => return,
                 Err(rustix::io::Errno::INTR) => {}
-                // No children at all. If we believe in one, somebody had SIGCHLD ignored when we
-                // were started, and the kernel has reaped it by itself.
-                Err(_) => break,
+                // None has ended, or there is none.
+                Ok(None) | Err(_) => break,
             }
         }
-        let believed: Vec<_> = self
-            .children
-            .values()
-            .filter_map(|child| Some(child.process.as_ref()?.pid.as_raw()))
-            .collect();
-        for pid in believed {
+        for &pid in ended {
             self.bury(pid, None, buffer, now);
         }
     }
 
+    /// Takes note of the end of a child's process; false if there is no such child.
     fn bury(
         &mut self,
         pid: i32,
         status: Option<rustix::process::WaitStatus>,
         buffer: &mut [u8],
         now: Instant,
-    ) {
+    ) -> bool {
         let is_it = |child: &Child| {
             child
                 .process
@@ -250,8 +201,7 @@ impl Supervisor {
             .iter()
             .find_map(|(name, child)| is_it(child).then(|| name.clone()))
         else {
-            tracing::debug!(pid, "stray reaped");
-            return;
+            return false;
         };
         // It may have deposited something with its last breath. A socket holds less than so many
         // messages.
@@ -264,6 +214,7 @@ impl Supervisor {
             child.died(&Death::Ended(status), now);
         }
         self.has_news = true;
+        true
     }
 
     /// Does what is due.
@@ -295,7 +246,7 @@ impl Supervisor {
     }
 
     /// Sends what there is to say.
-    fn tell(&mut self) {
+    fn tell(&mut self, now: Instant) {
         let mut refused = Vec::new();
         if std::mem::take(&mut self.has_news) {
             let others = self.children.iter().filter(|(name, _)| *name != NODE);
@@ -315,7 +266,6 @@ impl Supervisor {
                 refused.push((name.clone(), error));
             }
         }
-        let now = Instant::now();
         for (name, error) in refused {
             if let Some(child) = self.children.get_mut(&name) {
                 child.condemn(&error, now);
@@ -343,53 +293,54 @@ impl Supervisor {
         }
         // What follows from this is due at once.
         self.act(now);
-        self.tell();
+        self.tell(now);
         if next == Stage::OthersStop {
             self.advance_stage(now);
         }
     }
 
-    /// Waits for a signal, a message or the next deadline; the children with something to say.
-    fn wait(&self, signals: &Signals, now: Instant) -> Result<Vec<String>, RunError> {
-        if self.stage == Stage::Over {
-            return Ok(Vec::new());
-        }
-        let deadline = self
-            .children
-            .values()
-            .filter_map(|child| child.lifecycle.deadline())
-            .min();
-        let timeout = match deadline {
-            // Rounded up: a millisecond too early would be a turn for nothing.
-            Some(at) => PollTimeout::try_from(
-                at.saturating_duration_since(now) + Duration::from_micros(999),
-            )
-            .unwrap_or(PollTimeout::MAX),
+    /// Waits for a signal, a message, an end or the next deadline.
+    fn wait(&self, signals: &Signals, now: Instant) -> Result<Woken, RunError> {
+        let lifecycles = self.children.values().map(|child| &child.lifecycle);
+        // Rounded up: a millisecond too early would be a turn for nothing.
+        let round = Duration::from_micros(999);
+        let timeout = match lifecycles.filter_map(Lifecycle::deadline).min() {
+            Some(at) => PollTimeout::try_from(at.saturating_duration_since(now) + round)
+                .unwrap_or(PollTimeout::MAX),
             None => PollTimeout::NONE,
         };
-        let mut names = Vec::new();
+        let processes: Vec<_> = self
+            .children
+            .iter()
+            .filter_map(|(name, child)| Some((name, child.process.as_ref()?)))
+            .collect();
+        let (open, ends) = (
+            processes
+                .iter()
+                .filter(|(_, process)| process.peer.is_open()),
+            processes.iter(),
+        );
         let mut fds = vec![signals.poll_fd()];
-        for (name, child) in &self.children {
-            if let Some(process) = child
-                .process
-                .as_ref()
-                .filter(|process| process.peer.is_open())
-            {
-                names.push(name);
-                fds.push(process.peer.poll_fd());
-            }
-        }
+        fds.extend(ends.clone().map(|(_, process)| process.poll_fd()));
+        fds.extend(open.clone().map(|(_, process)| process.peer.poll_fd()));
         match poll(&mut fds, timeout) {
             Ok(_) => {}
-            Err(Errno::EINTR) => return Ok(Vec::new()),
+            Err(Errno::EINTR) => return Ok(Woken::default()),
             Err(errno) => return Err(kernel("waiting for signals and children", errno)),
         }
-        let speaks = |fd: &PollFd<'_>| {
+        let happened = |fd: &PollFd<'_>| {
             fd.revents()
                 .is_some_and(|events| events.intersects(!PollFlags::POLLOUT))
         };
-        let spoke = fds[1..].iter().zip(names).filter(|(fd, _)| speaks(fd));
-        Ok(spoke.map(|(_, name)| name.clone()).collect())
+        let (ended, spoke) = fds[1..].split_at(processes.len());
+        let ended = ended.iter().zip(ends).filter(|(fd, _)| happened(fd));
+        let spoke = spoke.iter().zip(open).filter(|(fd, _)| happened(fd));
+        Ok(Woken {
+            ended: ended
+                .map(|(_, (_, process))| process.pid.as_raw())
+                .collect(),
+            spoke: spoke.map(|(_, (name, _))| (*name).clone()).collect(),
+        })
     }
 
     /// Hears what a child says, but not for ever; whether it may have more to say.
@@ -506,13 +457,6 @@ impl Supervisor {
         if let Some(node) = self.children.get_mut(NODE) {
             node.remove(now);
         }
-    }
-}
-
-fn kernel(what: &'static str, source: impl Into<io::Error>) -> RunError {
-    RunError::Kernel {
-        what,
-        source: source.into(),
     }
 }
 

@@ -6,7 +6,7 @@ use nix::poll::{PollFd, PollFlags};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::{RunError, kernel};
+use super::config::{RunError, kernel};
 
 /// The signals that concern a supervisor, blocked while this lives.
 #[derive(Debug)]
