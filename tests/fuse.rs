@@ -29,7 +29,10 @@ type Outcome = Result<(), Box<dyn Error>>;
 /// No step of any case takes this long, unless something hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-const CASES: &[(&str, fn(&Path) -> Outcome)] = &[
+/// A promise, and what shows whether it is kept.
+type Case = (&'static str, fn(&Path) -> Outcome);
+
+const CASES: &[Case] = &[
     (
         "a_mount_has_the_type_fluid_looks_for_and_answers",
         a_mount_has_the_type_fluid_looks_for_and_answers,
@@ -466,11 +469,13 @@ fn receive(channel: BorrowedFd<'_>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
         RecvFlags::CMSG_CLOEXEC,
     )?;
     bytes.truncate(received.bytes);
-    let fds = ancillary.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-        _ => None,
-    });
-    Ok((bytes, fds.flatten().next()))
+    let mut device = None;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            device = fds.last();
+        }
+    }
+    Ok((bytes, device))
 }
 
 // ------------------------------------------------------------------------------- those who serve
@@ -627,11 +632,14 @@ fn look(dir: &Path) -> Outcome {
     Ok(())
 }
 
+/// One look at a mount, or what was wrong.
+type Look = fn(&Path) -> Result<(), String>;
+
 /// Looks without a pause on several threads; what it takes for an error, and how long the
 /// longest look took.
 fn traffic(dir: &Path) -> Outcome {
     let is_over = AtomicBool::new(false);
-    let looks: [fn(&Path) -> Result<(), String>; 4] = [
+    let looks: [Look; 4] = [
         |dir| {
             fs::metadata(dir.join("status"))
                 .map(drop)
@@ -698,9 +706,9 @@ fn watch(dir: &Path) -> Outcome {
             while !is_over.load(Ordering::Relaxed) {
                 match fs::metadata(dir.join("status")) {
                     Ok(_) => alive += 1,
-                    Err(error) if error.raw_os_error() == Some(libc_enotconn()) => dead += 1,
                     Err(error) if error.kind() == io::ErrorKind::NotFound => bare += 1,
-                    // While it is aborted, a request on its way ends so.
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => dead += 1,
+                    // So ends a request that is on its way while the last device closes.
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => dead += 1,
                     Err(_) => other += 1,
                 }
@@ -711,10 +719,6 @@ fn watch(dir: &Path) -> Outcome {
     });
     println!("alive {alive}, dead {dead}, bare {bare}, other {other}");
     Ok(())
-}
-
-fn libc_enotconn() -> i32 {
-    nix::errno::Errno::ENOTCONN as i32
 }
 
 /// Keeps a file open until it is killed.
