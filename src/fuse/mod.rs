@@ -76,11 +76,11 @@ pub enum EstablishError {
         source: mounts::Error,
     },
     /// The kernel did not begin to speak FUSE as it should.
-    #[error("the kernel's INIT request for the dummy filesystem at {target}")]
+    #[error("agreeing with the kernel on the dummy filesystem at {target}")]
     Init {
         /// Where it was to be.
         target: Place,
-        /// What was wrong with it.
+        /// What was wrong with its INIT request.
         source: io::Error,
     },
     /// The server could not start.

@@ -68,26 +68,29 @@ impl Discovery {
         is_changed |= write(&self.config(), &layout.config())?;
         Ok(is_changed)
     }
-}
 
-/// Removes what [`Discovery::publish`] wrote, and what it may have left half done.
-///
-/// Directories stay: somebody may be looking at them through a bind.
-pub fn withdraw(layout: &Layout) -> Result<(), DiscoveryError> {
-    for path in [layout.config(), layout.rpc_conf(), layout.socket()] {
-        remove(&temporary(&path))?;
-        remove(&path)?;
+    /// Removes what [`Discovery::publish`] wrote, and what it may have left half done.
+    ///
+    /// Directories stay: somebody may be looking at them through a bind.
+    pub fn withdraw(layout: &Layout) -> Result<(), DiscoveryError> {
+        for path in [layout.config(), layout.rpc_conf(), layout.socket()] {
+            remove(&temporary(&path))?;
+            remove(&path)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
-/// A YAML scalar; quoted where YAML would see more than text, as in `[::1]:9600`.
+/// A YAML scalar; quoted where YAML would see more than text, as in `[::1]:9600`, or in `10:20`,
+/// which is 620 to YAML 1.1, as PyYAML reads it.
 fn scalar(text: &str) -> String {
-    let is_plain = text.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && text.ends_with(|c: char| c.is_ascii_alphanumeric())
+    let host = text.split_once(':').map_or("", |(host, _)| host);
+    let is_plain = host.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && host.bytes().any(|b| b.is_ascii_alphabetic() || b == b'.')
+        && text.ends_with(|c: char| c.is_ascii_digit())
         && text
             .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b".:,-_".contains(&b));
+            .all(|b| b.is_ascii_alphanumeric() || b".:,-".contains(&b));
     match is_plain {
         true => text.to_owned(),
         false => format!("'{}'", text.replace('\'', "''")),
@@ -163,8 +166,8 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
     use std::sync::atomic::{AtomicBool, Ordering};
 
+    use super::super::RuntimeId;
     use super::*;
-    use crate::runtimes::RuntimeId;
 
     fn layout(root: &Path) -> Layout {
         Layout::new(root, &RuntimeId::new("default", "vineyard").unwrap()).unwrap()
@@ -194,6 +197,25 @@ mod tests {
     }
 
     #[test]
+    fn only_endpoints_that_every_yaml_takes_for_text_are_plain() {
+        for plain in ["10.0.0.7:9600", "localhost:59", "a.b:1,c-d:2", "7a:20"] {
+            assert_eq!(scalar(plain), plain);
+        }
+        for quoted in [
+            "",
+            "10:20",
+            "[::1]:9600",
+            "true",
+            "12",
+            "a: b:1",
+            "-a:1",
+            "a:",
+        ] {
+            assert_eq!(scalar(quoted), format!("'{quoted}'"));
+        }
+    }
+
+    #[test]
     fn publishing_twice_changes_nothing_and_withdrawing_leaves_the_directories() {
         let root = tempfile::tempdir().unwrap();
         let layout = layout(root.path());
@@ -209,8 +231,8 @@ mod tests {
         );
         assert_eq!(fs::metadata(layout.config()).unwrap().mode() & 0o777, 0o644);
 
-        withdraw(&layout).unwrap();
-        withdraw(&layout).unwrap();
+        Discovery::withdraw(&layout).unwrap();
+        Discovery::withdraw(&layout).unwrap();
         let left: Vec<_> = fs::read_dir(layout.dir())
             .unwrap()
             .map(|entry| entry.unwrap().file_name())

@@ -5,7 +5,12 @@ use std::str::FromStr;
 
 /// Namespace and name of a VineyardRuntime, both valid Kubernetes names, so that they are safe
 /// as path components and in log lines.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+///
+/// Serialized as it is displayed: `<namespace>/<name>`.
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(try_from = "String", into = "String")]
 pub struct RuntimeId {
     namespace: String,
     name: String,
@@ -60,6 +65,20 @@ impl RuntimeId {
 impl fmt::Display for RuntimeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl From<RuntimeId> for String {
+    fn from(id: RuntimeId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for RuntimeId {
+    type Error = RuntimeIdError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
     }
 }
 

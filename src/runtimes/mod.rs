@@ -1,7 +1,13 @@
 //! A VineyardRuntime on this node: what its YAML asks for, where its files lie, how it fares.
+//!
+//! ```text
+//! RuntimesDir::changed, read ─► Wanted ─┐
+//!                 what was made so far ─┴► reconcile ─► steps, and what is made then
+//! RuntimeSpec ─► Layout ─► Discovery::publish      Board: who waits for a runtime
+//! ```
 
 mod board;
-pub mod discovery;
+mod discovery;
 mod id;
 mod layout;
 pub mod quantity;

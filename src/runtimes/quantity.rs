@@ -4,8 +4,6 @@
 //! optional fraction, then one suffix or one exponent. All arithmetic is exact; what is no whole
 //! number of bytes is rounded up, as Kubernetes rounds.
 
-use std::fmt;
-
 /// The most a quantity can say: Kubernetes keeps 63 bits.
 const MOST: u128 = i64::MAX as u128;
 
@@ -28,7 +26,7 @@ pub enum QuantityError {
         /// Its suffix.
         suffix: String,
         /// What was probably meant, with its size.
-        meant: Meant,
+        meant: &'static str,
     },
     /// Below zero.
     #[error("{0:?} is negative: a size is at least 0")]
@@ -39,18 +37,6 @@ pub enum QuantityError {
     /// More digits than can be kept exactly.
     #[error("{0:?} has more than 20 significant digits")]
     TooPrecise(String),
-}
-
-/// The suffixes a wrong one may stand for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Meant {
-    suffixes: &'static str,
-}
-
-impl fmt::Display for Meant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.suffixes)
-    }
 }
 
 /// The number of bytes `text` says, rounded up to a whole one.
@@ -70,10 +56,10 @@ pub fn bytes(text: &str) -> Result<u64, QuantityError> {
         return Err(malformed());
     }
     let scale = scale(suffix).ok_or_else(|| match meant(suffix) {
-        Some(suffixes) => QuantityError::Suffix {
+        Some(meant) => QuantityError::Suffix {
             text: text.to_owned(),
             suffix: suffix.to_owned(),
-            meant: Meant { suffixes },
+            meant,
         },
         None => malformed(),
     })?;

@@ -13,10 +13,13 @@ use super::{RuntimeId, RuntimeSpec, SpecError};
 pub type Wanted = BTreeMap<String, Result<Vec<RuntimeSpec>, SpecError>>;
 
 /// What was made of the directory before, and what [`reconcile`] says it shall become.
+///
+/// It can be serialized, so that a node role that is started anew still knows what a file asked
+/// for before it turned bad.
 pub type Present = BTreeMap<RuntimeId, Running>;
 
 /// A runtime that was started, and the file that asked for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Running {
     /// Name of the file.
     pub file: String,
@@ -476,6 +479,14 @@ mod tests {
                 "a: runtime ns/x wants rpc port 1, which runtime ns/y of b has",
             ],
         );
+    }
+
+    #[test]
+    fn what_is_present_survives_a_restart_as_json() {
+        let before = present(&[("a", "x:1:10"), ("b", "y:2:10")]);
+        let text = serde_json::to_string(&before).unwrap();
+        assert!(text.contains("\"ns/x\":{"), "{text}");
+        assert_eq!(serde_json::from_str::<Present>(&text).unwrap(), before);
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub const FILE_LIMIT: usize = 1 << 20;
 pub const DEFAULT_RPC_PORT: u16 = 9600;
 
 /// What one VineyardRuntime asks of this node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RuntimeSpec {
     /// `metadata.namespace` (`default` where absent) and `metadata.name`.
     pub id: RuntimeId,
