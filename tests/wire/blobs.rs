@@ -20,7 +20,10 @@ fn a_region_is_passed_once_per_connection_and_never_for_the_empty_blob() {
     let server = Server::start();
     let mut client = server.registered();
     let empty = create(&mut client, 0);
-    assert_eq!((&empty["fd"], &empty["created"]["store_fd"]), (&json!(-1), &json!(-1)));
+    assert_eq!(
+        (&empty["fd"], &empty["created"]["store_fd"]),
+        (&json!(-1), &json!(-1))
+    );
 
     let first = create(&mut client, 10);
     let arena = client.receive_descriptor();
@@ -34,7 +37,10 @@ fn a_region_is_passed_once_per_connection_and_never_for_the_empty_blob() {
     let ids = json!([first["id"], empty["id"]]);
     let got = other.ask(&json!({"type": "get_buffers_request", "ids": ids, "unsafe": true}));
     assert_eq!(got["fds"], json!([first["fd"]]));
-    assert_eq!(other.receive_descriptor().metadata().unwrap().ino(), arena.metadata().unwrap().ino());
+    assert_eq!(
+        other.receive_descriptor().metadata().unwrap().ino(),
+        arena.metadata().unwrap().ino()
+    );
     let again = other.ask(&json!({"type": "get_buffers_request", "ids": ids, "unsafe": true}));
     assert_eq!(again["fds"], json!([]));
 
@@ -75,14 +81,20 @@ fn what_one_client_writes_another_reads_from_the_same_memory() {
     let id = &blob["id"];
     let unsealed = writer.ask(&json!({"type": "get_buffers_request", "ids": [id]}));
     assert_eq!(unsealed["code"], 14);
-    assert_eq!(writer.ask(&json!({"type": "seal_request", "object_id": id}))["type"], "seal_reply");
+    assert_eq!(
+        writer.ask(&json!({"type": "seal_request", "object_id": id}))["type"],
+        "seal_reply"
+    );
 
     // Over the UNIX socket, and over TCP.
     let mut reader = server.registered();
     let got = reader.ask(&json!({"type": "get_buffers_request", "ids": [id]}));
     let mut read = vec![0; 4096];
     let at = got["payloads"][0]["data_offset"].as_u64().unwrap();
-    reader.receive_descriptor().read_exact_at(&mut read, at).unwrap();
+    reader
+        .receive_descriptor()
+        .read_exact_at(&mut read, at)
+        .unwrap();
     assert_eq!(read, content);
 
     let mut remote = server.registered_rpc();
@@ -110,7 +122,11 @@ fn bytes_travel_in_any_portions() {
     let server = Server::start();
     let mut client = server.registered_rpc();
     let content: Vec<u8> = (0..3_000_001_u32).map(|at| (at % 251) as u8).collect();
-    client.send(json!({"type": "create_remote_buffer_request", "size": content.len()}).to_string().as_bytes());
+    client.send(
+        json!({"type": "create_remote_buffer_request", "size": content.len()})
+            .to_string()
+            .as_bytes(),
+    );
     let go_ahead = client.receive();
     for portion in content.chunks(100_003) {
         client.send_raw(portion);
@@ -121,7 +137,11 @@ fn bytes_travel_in_any_portions() {
     assert_eq!(created["created"]["is_sealed"], true);
 
     let id = &created["id"];
-    client.send(json!({"type": "get_remote_buffers_request", "ids": [id, id]}).to_string().as_bytes());
+    client.send(
+        json!({"type": "get_remote_buffers_request", "ids": [id, id]})
+            .to_string()
+            .as_bytes(),
+    );
     let reply: Value = serde_json::from_str(&client.receive()).unwrap();
     assert_eq!(reply["num"], 2);
     let mut received = vec![0; content.len()];
@@ -129,9 +149,12 @@ fn bytes_travel_in_any_portions() {
         client.receive_raw(&mut received);
         assert!(received == content);
     }
-    // Nobody holds it any more.
-    let in_use = client.ask(&json!({"type": "is_in_use_request", "id": id}));
-    assert_eq!(in_use["is_in_use"], false);
+    // Neither of the two made the connection a holder for good.
+    let held = client.ask(&json!({"type": "release_request", "object_id": id}));
+    assert_eq!(
+        held,
+        json!({"code": 2, "message": "DependencyTracker: connection not exist."})
+    );
 }
 
 #[test]
@@ -170,7 +193,10 @@ fn a_blob_dropped_during_its_upload_is_an_error_and_not_a_wrong_turn() {
     client.send_raw(&[7; 8]);
     let reply: Value = serde_json::from_str(&client.receive()).unwrap();
     assert_eq!(reply["code"], 12, "{reply}");
-    assert_eq!(client.ask(&json!({"type": "debug_command"}))["type"], "debug_reply");
+    assert_eq!(
+        client.ask(&json!({"type": "debug_command"}))["type"],
+        "debug_reply"
+    );
     assert_eq!(usage(&mut other), 0);
 }
 
@@ -180,10 +206,17 @@ fn an_upload_that_does_not_fit_is_refused_before_its_bytes() {
     let mut client = server.registered_rpc();
     let refused = client.ask(&json!({"type": "create_remote_buffer_request", "size": 2 << 20}));
     assert_eq!(refused["code"], 41);
-    assert_eq!(client.ask(&json!({"type": "debug_command"}))["type"], "debug_reply");
+    assert_eq!(
+        client.ask(&json!({"type": "debug_command"}))["type"],
+        "debug_reply"
+    );
     let unsealed = create(&mut client, 10);
-    let refused = client.ask(&json!({"type": "get_remote_buffers_request", "ids": [unsealed["id"]]}));
-    assert_eq!(refused, json!({"code": 2, "message": "Failed to get objects"}));
+    let refused =
+        client.ask(&json!({"type": "get_remote_buffers_request", "ids": [unsealed["id"]]}));
+    assert_eq!(
+        refused,
+        json!({"code": 2, "message": "Failed to get objects"})
+    );
 }
 
 #[test]

@@ -44,7 +44,12 @@ fn a_path_of_107_bytes_is_the_longest() {
     let path = directory.path().join(format!("{name}s"));
     let error = bind_ipc(&path).unwrap_err();
     assert!(matches!(error, BindError::PathTooLong { length: 108, .. }));
-    assert!(error.to_string().ends_with("is 108 bytes long, more than 107"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .ends_with("is 108 bytes long, more than 107"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -55,7 +60,10 @@ fn a_socket_that_is_served_is_left_alone() {
     let inode = fs::symlink_metadata(&path).unwrap().ino();
     let error = bind_ipc(&path).unwrap_err();
     assert!(matches!(error, BindError::InUse(_)), "{error}");
-    assert_eq!(error.to_string(), format!("another server is listening on {}", path.display()));
+    assert_eq!(
+        error.to_string(),
+        format!("another server is listening on {}", path.display())
+    );
     assert_eq!(fs::symlink_metadata(&path).unwrap().ino(), inode);
     drop(first);
 }
@@ -89,9 +97,6 @@ fn a_socket_that_nobody_serves_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
     drop(UnixListener::bind(&path).unwrap());
-    // A temporary name that a kill has left behind is in nobody's way either.
-    let left = directory.path().join(format!(".s.{}", std::process::id()));
-    fs::write(&left, "").unwrap();
     let listener = bind_ipc(&path).unwrap();
     UnixStream::connect(&path).unwrap();
     listener.accept().unwrap();
@@ -125,10 +130,19 @@ fn what_is_no_socket_is_not_replaced() {
     let path = directory.path().join("s");
     fs::write(&path, "precious").unwrap();
     let error = bind_ipc(&path).unwrap_err();
-    assert_eq!(error.to_string(), format!("{} exists and is not a socket", path.display()));
+    assert_eq!(
+        error.to_string(),
+        format!("{} exists and is not a socket", path.display())
+    );
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
-    assert!(matches!(bind_ipc(directory.path()), Err(BindError::NotASocket(_))));
-    assert!(matches!(bind_ipc(&path.join("s")), Err(BindError::Directory { .. })));
+    assert!(matches!(
+        bind_ipc(directory.path()),
+        Err(BindError::NotASocket(_))
+    ));
+    assert!(matches!(
+        bind_ipc(&path.join("s")),
+        Err(BindError::Directory { .. })
+    ));
 }
 
 #[test]

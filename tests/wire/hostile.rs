@@ -34,7 +34,12 @@ fn refused(server: &Server, client: &mut Client, body: &[u8], code: u64) {
 #[test]
 fn bodies_that_are_no_requests_are_answered_and_forgotten() {
     let server = Server::start();
-    for mut client in [server.ipc(), server.rpc(), server.registered(), server.registered_rpc()] {
+    for mut client in [
+        server.ipc(),
+        server.rpc(),
+        server.registered(),
+        server.registered_rpc(),
+    ] {
         for body in [
             &b""[..],
             b"not json",
@@ -71,24 +76,51 @@ fn requests_with_wrong_fields_are_answered_and_forgotten() {
     for (body, code) in [
         (r#"{"type":"create_buffer_request"}"#, 1),
         (r#"{"type":"create_buffer_request","size":"5"}"#, 1),
-        (r#"{"type":"create_buffer_request","size":9223372036854775813}"#, 41),
+        (
+            r#"{"type":"create_buffer_request","size":9223372036854775813}"#,
+            41,
+        ),
         (r#"{"type":"create_buffer_request","size":-1}"#, 41),
-        (r#"{"type":"create_buffers_request","sizes":[18446744073709551615,1]}"#, 41),
-        (r#"{"type":"create_buffers_request","sizes":[9223372036854775807,9223372036854775807,9223372036854775807]}"#, 41),
+        (
+            r#"{"type":"create_buffers_request","sizes":[18446744073709551615,1]}"#,
+            41,
+        ),
+        (
+            r#"{"type":"create_buffers_request","sizes":[9223372036854775807,9223372036854775807,9223372036854775807]}"#,
+            41,
+        ),
         (r#"{"type":"create_remote_buffer_request","size":-1}"#, 41),
-        (r#"{"type":"get_buffers_request","num":18446744073709551615,"0":1}"#, 1),
+        (
+            r#"{"type":"get_buffers_request","num":18446744073709551615,"0":1}"#,
+            1,
+        ),
         (r#"{"type":"create_data_request"}"#, 1),
         (r#"{"type":"create_data_request","content":5}"#, 21),
         (r#"{"type":"create_data_request","content":null}"#, 21),
-        (r#"{"type":"create_data_request","content":{"typename":5,"instance_id":0}}"#, 21),
-        (r#"{"type":"create_data_request","content":{"typename":"t","instance_id":0,"signature":"x"}}"#, 21),
+        (
+            r#"{"type":"create_data_request","content":{"typename":5,"instance_id":0}}"#,
+            21,
+        ),
+        (
+            r#"{"type":"create_data_request","content":{"typename":"t","instance_id":0,"signature":"x"}}"#,
+            21,
+        ),
         (r#"{"type":"create_datas_request","contents":{}}"#, 1),
-        (r#"{"type":"label_request","id":5,"keys":["a"],"values":[]}"#, 1),
+        (
+            r#"{"type":"label_request","id":5,"keys":["a"],"values":[]}"#,
+            1,
+        ),
         (r#"{"type":"shallow_copy_request","id":5,"extra":null}"#, 1),
         (r#"{"type":"plasma_seal_request","plasma_id":"x"}"#, 6),
         (r#"{"type":"plasma_release_request","plasma_id":"x"}"#, 6),
-        (r#"{"type":"plasma_delete_data_request","plasma_id":"x"}"#, 6),
-        (r#"{"type":"create_buffer_by_plasma_request","plasma_id":"x","size":8,"plasma_size":8}"#, 6),
+        (
+            r#"{"type":"plasma_delete_data_request","plasma_id":"x"}"#,
+            6,
+        ),
+        (
+            r#"{"type":"create_buffer_by_plasma_request","plasma_id":"x","size":8,"plasma_size":8}"#,
+            6,
+        ),
         (r#"{"type":"get_buffers_by_plasma_request","num":0}"#, 6),
         (r#"{"type":"delete_session_request"}"#, 6),
         (r#"{"type":"release_lock_request","key":"k"}"#, 6),
@@ -127,7 +159,10 @@ fn a_session_that_is_not_there_is_refused_where_it_is_asked_for() {
     let request = json!({"type": "register_request", "session_id": 5});
     let mut remote = server.rpc();
     let refused = remote.ask(&request);
-    assert_eq!(refused, json!({"code": 1, "message": "Session (sid = S0000000000000005) not exit"}));
+    assert_eq!(
+        refused,
+        json!({"code": 1, "message": "Session (sid = S0000000000000005) not exit"})
+    );
     assert_eq!(remote.ask(&json!({"type": "debug_command"}))["code"], 1);
     assert_eq!(server.ipc().ask(&request)["session_id"], 0);
 }
@@ -210,7 +245,13 @@ fn hundreds_of_clients_come_and_go() {
     let server = Server::start();
     for _ in 0..3 {
         let clients: Vec<Client> = (0..200)
-            .map(|at| if at % 2 == 0 { server.registered() } else { server.registered_rpc() })
+            .map(|at| {
+                if at % 2 == 0 {
+                    server.registered()
+                } else {
+                    server.registered_rpc()
+                }
+            })
             .collect();
         healthy(&server);
         drop(clients);

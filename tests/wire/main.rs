@@ -49,7 +49,14 @@ fn arrow_tables_are_put_and_got_as_with_vineyardd() {
 
 #[test]
 fn blobs_live_as_with_vineyardd() {
-    same("blobs", 31);
+    let conversation = Conversation {
+        name: "blobs",
+        held: 1_049_367,
+        // The real one does not count the 3996 bytes back that a shrunk blob no longer has.
+        usage_told: &[(1_054_599, 1_050_603)],
+        ..Conversation::default()
+    };
+    check(&conversation, 31);
 }
 
 #[test]
@@ -89,25 +96,14 @@ fn clients_connect_as_with_vineyardd() {
 
 #[test]
 fn a_full_store_refuses_as_vineyardd_does_and_leaks_nothing() {
-    // The recorded server held 2174964 bytes of other conversations, and 1024 more after it had
-    // refused two buffers together: the first of them was never given back.
     let conversation = Conversation {
         name: "out_of_memory",
-        usage: &[(2_174_964, 0), (2_175_988, 0)],
-        differences: &[
-            Difference {
-                request: r#""size":268435456"#,
-                ours: r#"{"created":{"data_offset":"#,
-                why: "there is room for it in a store that holds nothing",
-            },
-            Difference {
-                request: r#""sizes":[1024,268435457]"#,
-                ours: r#"{"code":41,"message":"Failed to allocate memory of size "#,
-                why: "in a full store the first of them is refused already",
-            },
-        ],
+        held: 2_174_964,
+        // Of two buffers that do not fit together the real one never gave the first back.
+        usage: &[(2_175_988, 2_174_964)],
+        ..Conversation::default()
     };
-    check(&conversation, 5);
+    check(&conversation, 7);
 }
 
 #[test]
@@ -119,6 +115,11 @@ fn the_raw_protocol_is_that_of_vineyardd() {
                 request: r#"{"type": "register_request"}"#,
                 ours: r#"{"instance_id":0,"ipc_socket":"#,
                 why: "without a store type the real one reads an uninitialised variable",
+            },
+            Difference {
+                request: "is_in_use_request",
+                ours: r#"{"is_in_use":true,"type":"is_in_use_reply"}"#,
+                why: "since 0.24.4 only a spilled blob is not in use",
             },
             Difference {
                 request: "acquire_lock_request",
@@ -168,7 +169,7 @@ fn the_raw_protocol_is_that_of_vineyardd() {
         ],
         ..Conversation::default()
     };
-    check(&conversation, 50);
+    check(&conversation, 49);
 }
 
 #[test]
@@ -209,7 +210,7 @@ fn streams_are_refused_and_all_around_them_is_as_with_vineyardd() {
         ],
         ..Conversation::default()
     };
-    check(&conversation, 48);
+    check(&conversation, 47);
 }
 
 #[test]
@@ -249,7 +250,7 @@ const COMPRESSION: Difference = Difference {
 fn objects_are_put_and_got_over_tcp_as_with_vineyardd() {
     let conversation = Conversation {
         name: "rpc_basic",
-        usage: &[(12_028, 0)],
+        held: 12_028,
         differences: &[
             COMPRESSION,
             Difference {
@@ -258,8 +259,9 @@ fn objects_are_put_and_got_over_tcp_as_with_vineyardd() {
                 why: "the recorded server lists objects of other conversations too",
             },
         ],
+        ..Conversation::default()
     };
-    check(&conversation, 29);
+    check(&conversation, 28);
 }
 
 #[test]

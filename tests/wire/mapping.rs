@@ -11,17 +11,34 @@ use serde_json::{Map, Value};
 
 /// Fields with ids and signatures.
 const IDS: &[&str] = &[
-    "chunk", "deleted_bids", "id", "ids", "object_id", "signature", "signatures", "target_id",
+    "chunk",
+    "deleted_bids",
+    "id",
+    "ids",
+    "object_id",
+    "signature",
+    "signatures",
+    "target_id",
 ];
 
 /// Keys of regions; -1 is none.
 const REGIONS: &[&str] = &["fd", "fds", "store_fd"];
 
 /// Numbers that may be any.
-const FREE_NUMBERS: &[&str] = &["__timestamp", "data_offset", "hostid", "map_size", "pointer", "timestamp"];
+const FREE_NUMBERS: &[&str] = &[
+    "__timestamp",
+    "data_offset",
+    "hostid",
+    "map_size",
+    "pointer",
+    "timestamp",
+];
 
 /// Texts that may be any.
 const FREE_TEXTS: &[&str] = &["hostname", "ipc_socket", "nodename", "rpc_endpoint"];
+
+/// Pairs of a recorded number and ours.
+pub type Figures = &'static [(u64, u64)];
 
 /// A bijection that is learnt.
 #[derive(Default)]
@@ -50,15 +67,16 @@ pub struct Mapping {
     regions: Pairs,
     id_text: Regex,
     usage_text: Regex,
-    /// Recorded figures of memory in use, and what they are here.
-    usage: &'static [(u64, u64)],
+    /// Recorded figures of memory in use, and what they are here: in statuses, and in errors.
+    usage: Figures,
+    usage_told: Figures,
     /// What our status says of connections.
     pub ipc_connections: u64,
     pub rpc_connections: u64,
 }
 
 impl Mapping {
-    pub fn new(usage: &'static [(u64, u64)]) -> Self {
+    pub fn new(usage: Figures, usage_told: Figures) -> Self {
         let mut ids = Pairs::default();
         for fixed in [1 << 63, u64::MAX] {
             ids.learn(fixed, fixed);
@@ -69,6 +87,7 @@ impl Mapping {
             id_text: Regex::new("([os])([0-9a-f]{16})").unwrap(),
             usage_text: Regex::new("and ([0-9]+) are already in use$").unwrap(),
             usage,
+            usage_told,
             ipc_connections: 0,
             rpc_connections: 0,
         }
@@ -95,14 +114,18 @@ impl Mapping {
             Value::Array(list) => Value::Array(
                 list.iter()
                     .enumerate()
-                    .map(|(at, value)| self.translate(value, ours.and_then(|ours| ours.get(at)), key))
+                    .map(|(at, value)| {
+                        self.translate(value, ours.and_then(|ours| ours.get(at)), key)
+                    })
                     .collect(),
             ),
             Value::Number(number) => match number.as_u64() {
                 Some(recorded) => self.number(recorded, ours, key).into(),
                 None => recorded.clone(),
             },
-            Value::String(text) => Value::String(self.text(text, ours.and_then(Value::as_str), key)),
+            Value::String(text) => {
+                Value::String(self.text(text, ours.and_then(Value::as_str), key))
+            }
             Value::Null | Value::Bool(_) => recorded.clone(),
         }
     }
@@ -126,7 +149,11 @@ impl Mapping {
                 let our_value = ours.and_then(|ours| ours.get(&our_key));
                 // Where the name of an object says nothing, what it is in does.
                 let is_index = name.bytes().all(|b| b.is_ascii_digit());
-                let field = if is_index || key == "names" { "id" } else { name };
+                let field = if is_index || key == "names" {
+                    "id"
+                } else {
+                    name
+                };
                 (our_key, self.translate(value, our_value, field))
             })
             .collect()
@@ -141,18 +168,11 @@ impl Mapping {
                 None => recorded,
             },
             _ if FREE_NUMBERS.contains(&key) && recorded != 0 => our_number.unwrap_or(recorded),
-            "memory_usage" => self.usage(recorded),
+            "memory_usage" => figure(self.usage, recorded),
             "ipc_connections" => self.ipc_connections,
             "rpc_connections" => self.rpc_connections,
             _ => recorded,
         }
-    }
-
-    fn usage(&self, recorded: u64) -> u64 {
-        self.usage
-            .iter()
-            .find(|(known, _)| *known == recorded)
-            .map_or(recorded, |&(_, ours)| ours)
     }
 
     fn text(&mut self, recorded: &str, ours: Option<&str>, key: &str) -> String {
@@ -160,7 +180,12 @@ impl Mapping {
             return ours.unwrap_or(recorded).to_owned();
         }
         let our_ids: Vec<u64> = ours
-            .map(|ours| self.id_text.captures_iter(ours).map(|found| hex(&found)).collect())
+            .map(|ours| {
+                self.id_text
+                    .captures_iter(ours)
+                    .map(|found| hex(&found))
+                    .collect()
+            })
             .unwrap_or_default();
         let mut our_ids = our_ids.into_iter();
         let ids = &mut self.ids;
@@ -172,10 +197,15 @@ impl Mapping {
         self.usage_text
             .replace(&text, |found: &Captures<'_>| {
                 let usage = found[1].parse().unwrap();
-                format!("and {} are already in use", self.usage(usage))
+                format!("and {} are already in use", figure(self.usage_told, usage))
             })
             .into_owned()
     }
+}
+
+fn figure(figures: Figures, recorded: u64) -> u64 {
+    let known = figures.iter().find(|(known, _)| *known == recorded);
+    known.map_or(recorded, |&(_, ours)| ours)
 }
 
 fn hex(found: &Captures<'_>) -> u64 {

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::mapping::Mapping;
+use crate::mapping::{Figures, Mapping};
 use crate::server::{Client, LIMIT, Server};
 
 /// Where we answer otherwise than vineyardd did, and why.
@@ -26,9 +26,11 @@ pub struct Difference {
 pub struct Conversation {
     pub name: &'static str,
     pub differences: &'static [Difference],
-    /// Recorded figures of memory in use, and what they are here: the server it was recorded from
-    /// had held other things before.
-    pub usage: &'static [(u64, u64)],
+    /// Bytes that the recorded server held of other conversations.
+    pub held: u64,
+    /// Recorded figures of memory in use, and what they are here: in statuses, and in errors.
+    pub usage: Figures,
+    pub usage_told: Figures,
 }
 
 struct Connection {
@@ -53,6 +55,13 @@ struct Replay<'a> {
 /// Replays a conversation against a server of its own; the number of replies compared.
 pub fn replay(conversation: &Conversation) -> usize {
     let server = Server::start();
+    if conversation.held > 0 {
+        let mut before = server.registered_rpc();
+        let held = serde_json::json!({"type": "create_buffer_request", "size": conversation.held});
+        let id = before.ask(&held)["id"].clone();
+        before.ask(&serde_json::json!({"type": "seal_request", "object_id": id}));
+        assert!(before.rest().is_empty());
+    }
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/data/transcripts")
         .join(conversation.name)
@@ -60,7 +69,7 @@ pub fn replay(conversation: &Conversation) -> usize {
     let mut replay = Replay {
         server: &server,
         conversation,
-        mapping: Mapping::new(conversation.usage),
+        mapping: Mapping::new(conversation.usage, conversation.usage_told),
         connections: HashMap::new(),
         contents: HashMap::new(),
         used: vec![false; conversation.differences.len()],
@@ -86,7 +95,11 @@ impl Replay<'_> {
         if kind == "eof" {
             if let Some(connection) = self.connections.remove(&id) {
                 let rest = connection.client.rest();
-                assert!(rest.is_empty(), "unasked: {}", String::from_utf8_lossy(&rest));
+                assert!(
+                    rest.is_empty(),
+                    "unasked: {}",
+                    String::from_utf8_lossy(&rest)
+                );
                 self.count();
             }
             return;
@@ -149,13 +162,19 @@ impl Replay<'_> {
         let body = match serde_json::from_slice::<Value>(&raw) {
             Ok(recorded) => {
                 let ours = self.mapping.request(&recorded);
-                if ours == recorded { raw.clone() } else { ours.to_string().into_bytes() }
+                if ours == recorded {
+                    raw.clone()
+                } else {
+                    ours.to_string().into_bytes()
+                }
             }
             Err(_) => raw.clone(),
         };
         let text = String::from_utf8_lossy(&raw);
         let differences = self.conversation.differences;
-        let difference = differences.iter().position(|difference| text.contains(difference.request));
+        let difference = differences
+            .iter()
+            .position(|difference| text.contains(difference.request));
         let connection = self.connections.get_mut(&id).unwrap();
         connection.differs = difference.is_some();
         connection.client.send(&body);
@@ -163,7 +182,10 @@ impl Replay<'_> {
             self.used[at] = true;
             let reply = connection.client.receive();
             let Difference { ours, why, .. } = differences[at];
-            assert!(reply.starts_with(ours), "{text}: {reply} is not {ours} ({why})");
+            assert!(
+                reply.starts_with(ours),
+                "{text}: {reply} is not {ours} ({why})"
+            );
         }
     }
 
@@ -194,7 +216,10 @@ impl Replay<'_> {
         for payload in all.filter(|payload| payload["store_fd"] != -1) {
             let [offset, size, map_size] =
                 ["data_offset", "data_size", "map_size"].map(|key| payload[key].as_u64().unwrap());
-            assert!(offset % 64 == 0 && offset + size <= map_size - 8, "{payload}");
+            assert!(
+                offset % 64 == 0 && offset + size <= map_size - 8,
+                "{payload}"
+            );
             let content = self.contents.get(&payload["object_id"].as_u64().unwrap());
             if let (Some(content), Some(arena)) = (content, &self.connections[&id].arena) {
                 assert_eq!(&read_at(arena, offset, content.len()), content);

@@ -179,7 +179,8 @@ impl Client {
     }
 
     pub fn register(&mut self) -> Value {
-        let reply = self.ask(&json!({"type": "register_request", "version": "0.24.2", "store_type": 1}));
+        let reply =
+            self.ask(&json!({"type": "register_request", "version": "0.24.2", "store_type": 1}));
         assert_eq!(reply["type"], "register_reply");
         reply
     }

@@ -24,7 +24,8 @@ fn eventually(client: &mut Client, field: &str, expected: u64) {
 const WAIT: &str = r#"{"type":"get_name_request","name":"later","wait":true}"#;
 
 fn name_an_object(client: &mut Client) -> Value {
-    let content = json!({"typename": "t", "instance_id": 0, "transient": true, "global": false, "nbytes": 0});
+    let content =
+        json!({"typename": "t", "instance_id": 0, "transient": true, "global": false, "nbytes": 0});
     let id = client.ask(&json!({"type": "create_data_request", "content": content}))["id"].clone();
     client.ask(&json!({"type": "persist_request", "id": id}));
     let named = client.ask(&json!({"type": "put_name_request", "object_id": id, "name": "later"}));
@@ -40,7 +41,10 @@ fn a_request_waits_until_what_it_waits_for_is_there() {
     waiting.send(WAIT.as_bytes());
     eventually(&mut other, "deferred_requests", 1);
     let id = name_an_object(&mut other);
-    assert_eq!(waiting.receive(), json!({"object_id": id, "type": "get_name_reply"}).to_string());
+    assert_eq!(
+        waiting.receive(),
+        json!({"object_id": id, "type": "get_name_reply"}).to_string()
+    );
     assert_eq!(status(&mut other)["deferred_requests"], 0);
 
     let found = waiting.ask(&json!({"type": "get_data_request", "id": [id], "wait": true}));
@@ -94,7 +98,11 @@ fn a_stopping_server_ends_idle_and_waiting_connections_at_once() {
     assert!(idle.is_closed_by_server());
     assert!(waiting.is_closed_by_server());
     server.stop().unwrap();
-    assert!(begin.elapsed() < Duration::from_millis(900), "{:?}", begin.elapsed());
+    assert!(
+        begin.elapsed() < Duration::from_millis(900),
+        "{:?}",
+        begin.elapsed()
+    );
 }
 
 #[test]
@@ -122,15 +130,29 @@ fn a_stopping_server_lets_a_request_in_hand_finish_but_not_for_long() {
 #[test]
 fn our_client_asks_for_the_figures_through_the_real_socket() {
     let server = Server::start();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let mut client = OurClient::connect_ipc(&server.socket).await.unwrap();
         assert_eq!(client.registered().version, "0.24.2");
-        assert_eq!(client.registered().ipc_socket, server.socket.to_string_lossy());
+        assert_eq!(
+            client.registered().ipc_socket,
+            server.socket.to_string_lossy()
+        );
         let status = client.status().await.unwrap();
-        assert_eq!((status.memory_limit, status.memory_usage), (crate::server::LIMIT, 0));
+        assert_eq!(
+            (status.memory_limit, status.memory_usage),
+            (crate::server::LIMIT, 0)
+        );
         assert_eq!((status.ipc_connections, status.rpc_connections), (1, 0));
         let nobody = OurClient::connect_ipc(&server.socket.with_extension("no")).await;
-        assert!(nobody.unwrap_err().to_string().starts_with("connecting to "));
+        assert!(
+            nobody
+                .unwrap_err()
+                .to_string()
+                .starts_with("connecting to ")
+        );
     });
 }

@@ -75,9 +75,47 @@ impl From<store::Error> for Refusal {
     }
 }
 
+/// vineyard-protocol, sections 1.5, 2 and 5.4: the codes that the real server answers with.
 fn code_of(error: &store::Error) -> Code {
+    use store::Error as E;
     match error {
-        store::Error::NotEnoughMemory { .. } => Code::NotEnoughMemory,
+        E::NotEnoughMemory { .. } => Code::NotEnoughMemory,
+        E::ShrinkGrows { .. }
+        | E::OutOfBounds { .. }
+        | E::NameBlob
+        | E::NameTransient
+        | E::NameEmpty => Code::Invalid,
+        E::NothingHeld => Code::KeyError,
+        E::Memory { .. } => Code::IoError,
+        E::BlobHasNoMetadata
+        | E::NoInstanceId
+        | E::PersistBlob
+        | E::CopyBlob
+        | E::CopyExtra
+        | E::LabelBlob
+        | E::FastpathObject => Code::AssertionFailed,
+        E::SealUnknown(_)
+        | E::DropUnknown(_)
+        | E::ShrinkUnknown(_)
+        | E::NotHeld(_)
+        | E::BlobGone(_)
+        | E::LabelUnknown(_)
+        | E::NameUnknown(_)
+        | E::NameNotFound(_) => Code::ObjectNotExists,
+        E::ShrinkSealed => Code::ObjectSealed,
+        E::NotSealed(_) => Code::ObjectNotSealed,
+        E::NotAnObject
+        | E::NoTypename
+        | E::Field { .. }
+        | E::BlobPlaceholder
+        | E::MemberWithoutSignature(_)
+        | E::TooDeep(_)
+        | E::TooLarge(_) => Code::MetaTreeInvalid,
+        E::MemberWithoutType(_) => Code::MetaTreeTypeNotExists,
+        E::MemberId(_) => Code::MetaTreeNameInvalid,
+        E::MemberWithoutId(_) => Code::MetaTreeNameNotExists,
+        E::MemberUnknown(_) | E::Unknown(_) => Code::MetaTreeSubtreeNotExists,
+        E::RemoteMember | E::NestedGlobal => Code::GlobalObjectInvalid,
     }
 }
 

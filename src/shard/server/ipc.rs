@@ -3,11 +3,13 @@
 use std::fs;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType, bind as bind_socket, listen, sendmsg, socket_with,
@@ -86,7 +88,7 @@ pub(super) fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, Bind
             length,
         });
     }
-    let (Some(name), Some(directory)) = (path.file_name(), path.parent()) else {
+    let (Some(_), Some(directory)) = (path.file_name(), path.parent()) else {
         return Err(BindError::NoPath(path.to_owned()));
     };
     if !directory.as_os_str().is_empty() {
@@ -110,10 +112,7 @@ pub(super) fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, Bind
         }
         Ok(_) => {}
     }
-    let mut temporary = std::ffi::OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}", std::process::id()));
-    listen_and_rename(directory, &temporary, path).map_err(failed)
+    listen_and_rename(directory, path).map_err(failed)
 }
 
 /// Whether somebody accepts, or could: a full backlog is somebody too.
@@ -135,10 +134,13 @@ fn is_served(path: &Path) -> io::Result<bool> {
 /// it was.
 fn listen_and_rename(
     directory: &Path,
-    temporary: &std::ffi::OsStr,
     path: &Path,
 ) -> io::Result<std::os::unix::net::UnixListener> {
-    let temporary = directory.join(temporary);
+    // One process may bind several sockets in a directory.
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let counter = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let name = format!(".{}-{counter}.sock", std::process::id());
+    let temporary = directory.join(&name);
     match fs::remove_file(&temporary) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
@@ -149,8 +151,8 @@ fn listen_and_rename(
         SocketFlags::CLOEXEC,
         None,
     )?;
-    // The temporary name is longer than the path, so it is reached by way of a descriptor of its
-    // directory: the kernel limits the text, not the file's name.
+    // The temporary path may be longer than a socket's can be, so it is spelled by way of its
+    // directory's descriptor.
     let parent = if directory.as_os_str().is_empty() {
         Path::new(".")
     } else {
@@ -158,14 +160,11 @@ fn listen_and_rename(
     };
     let opened = rustix::fs::open(
         parent,
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
     )?;
-    let file_name = temporary.file_name().unwrap_or_default();
-    let by_descriptor = Path::new("/proc/self/fd")
-        .join(std::os::fd::AsRawFd::as_raw_fd(&opened).to_string())
-        .join(file_name);
-    bind_socket(&socket, &SocketAddrUnix::new(&by_descriptor)?)?;
+    let spelled = format!("/proc/self/fd/{}/{name}", opened.as_raw_fd());
+    bind_socket(&socket, &SocketAddrUnix::new(spelled)?)?;
     let named = (|| {
         listen(&socket, BACKLOG)?;
         fs::set_permissions(&temporary, fs::Permissions::from_mode(0o777))?;
