@@ -119,11 +119,7 @@ impl Fake {
 }
 
 fn errno(what: String, errno: i32) -> Error {
-    let source = io::Error::from_raw_os_error(errno);
-    match source.kind() {
-        io::ErrorKind::PermissionDenied => Error::Permission { what, source },
-        _ => Error::Kernel { what, source },
-    }
+    Error::answered(what, io::Error::from_raw_os_error(errno))
 }
 
 impl State {

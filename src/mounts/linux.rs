@@ -589,11 +589,7 @@ fn refused(place: &Place, what: String, error: Errno) -> Error {
 }
 
 fn failed(what: String, error: impl Into<io::Error>) -> Error {
-    let source = error.into();
-    match source.kind() {
-        io::ErrorKind::PermissionDenied => Error::Permission { what, source },
-        _ => Error::Kernel { what, source },
-    }
+    Error::answered(what, error.into())
 }
 
 /// Whether SELinux is enforcing here. Container runtimes then relabel a volume's directory before

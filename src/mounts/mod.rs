@@ -244,3 +244,14 @@ pub enum Error {
         source: std::io::Error,
     },
 }
+
+impl Error {
+    /// What the kernel's answer `source` to the operation `what` means.
+    fn answered(what: String, source: std::io::Error) -> Self {
+        if source.kind() == std::io::ErrorKind::PermissionDenied {
+            Self::Permission { what, source }
+        } else {
+            Self::Kernel { what, source }
+        }
+    }
+}

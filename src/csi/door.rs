@@ -1,0 +1,297 @@
+//! What the CSI socket and the registration socket have in common: accepting, the authority, a
+//! bound on connections, and finding a call's service.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::body::Body;
+use tonic::codegen::http::{Request, Response};
+use tonic::server::NamedService;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+use super::authority::Rewritten;
+
+/// Connections at a time. Kubelet opens one per call, and calls of all pods of a node may wait
+/// for their runtimes at once.
+const CONNECTIONS: usize = 1024;
+/// How long calls that run may go on after the door was closed.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Pause after an accept that failed for lack of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(100);
+/// `sun_path` of unix(7) without its NUL.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Why a socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// The kernel takes no such path.
+    #[error("the socket path {} has {} bytes, the kernel takes 107", path.display(), path.as_os_str().len())]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Any other refusal.
+    #[error("making the socket {}", path.display())]
+    Make {
+        /// The path.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Listens at `path`, for root alone, replacing what was there: the name appears only when one
+/// can connect, and only with its permissions.
+pub fn listen(path: &Path) -> Result<std::os::unix::net::UnixListener, SocketError> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH {
+        return Err(SocketError::TooLong {
+            path: path.to_path_buf(),
+        });
+    }
+    let failed = |source: io::Error| SocketError::Make {
+        path: path.to_path_buf(),
+        source,
+    };
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(failed(io::ErrorKind::InvalidInput.into()));
+    };
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    let hidden = directory.join(hidden);
+    // The directory by its descriptor, so that the dot does not make the path too long.
+    let make = || -> io::Result<_> {
+        let directory = std::fs::File::open(directory)?;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&directory);
+        let through = PathBuf::from(format!("/proc/self/fd/{fd}"));
+        let through = hidden
+            .file_name()
+            .map_or(through.clone(), |name| through.join(name));
+        remove(&hidden)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // `through` is short unless the name is not.
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&through)?)?;
+        let only_root = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&hidden, only_root)?;
+        // As std and tokio ask for.
+        rustix::net::listen(&socket, 4096)?;
+        std::fs::rename(&hidden, path)?;
+        Ok(std::os::unix::net::UnixListener::from(socket))
+    };
+    make().map_err(failed)
+}
+
+/// Removes a file; absent is fine.
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A client's connection, one of a bounded number.
+pub(super) struct Connection {
+    io: Rewritten<UnixStream>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Hands accepted connections to a server.
+#[derive(Clone)]
+pub(super) struct Acceptor {
+    free: Arc<Semaphore>,
+    accepted: mpsc::Sender<io::Result<Connection>>,
+}
+
+impl Acceptor {
+    /// An acceptor, and what it accepts.
+    pub(super) fn new() -> (Self, ReceiverStream<io::Result<Connection>>) {
+        let (accepted, incoming) = mpsc::channel(1);
+        let acceptor = Self {
+            free: Arc::new(Semaphore::new(CONNECTIONS)),
+            accepted,
+        };
+        (acceptor, ReceiverStream::new(incoming))
+    }
+
+    /// Accepts until the server is gone. May be dropped at any time: a connection that is not
+    /// handed over then is closed.
+    pub(super) async fn accept(&self, listener: &UnixListener) {
+        loop {
+            let Ok(permit) = self.free.clone().acquire_owned().await else {
+                return;
+            };
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let connection = Connection {
+                        io: Rewritten::new(stream),
+                        _permit: permit,
+                    };
+                    if self.accepted.send(Ok(connection)).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// Answers calls on the connections until `stop`, then lets those that run end.
+pub(super) async fn answer<S>(
+    incoming: ReceiverStream<io::Result<Connection>>,
+    service: S,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), tonic::transport::Error>
+where
+    S: Call,
+{
+    let (stopped, mut is_stopped) = tokio::sync::watch::channel(false);
+    let stop = async move {
+        stop.await;
+        let _ = stopped.send(true);
+    };
+    let serve = Server::builder().serve_with_incoming_shutdown(Routes(service), incoming, stop);
+    let drained = async {
+        // The sender also goes where the server ends by itself.
+        if is_stopped.wait_for(|stopped| *stopped).await.is_ok() {
+            tokio::time::sleep(DRAIN).await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        outcome = serve => outcome,
+        () = drained => Ok(()),
+    }
+}
+
+/// The future of a call.
+pub(super) type CallFuture =
+    Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+/// One or more gRPC services.
+pub(super) trait Call: Clone + Send + Sync + 'static {
+    /// Answers, or gives the request back if it is for none of them.
+    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>>;
+}
+
+/// A single generated service.
+#[derive(Clone)]
+pub(super) struct One<S>(pub(super) S);
+
+impl<S> Call for One<S>
+where
+    S: tower::Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+        + NamedService
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>> {
+        let path = request.uri().path().strip_prefix('/');
+        let is_ours = path
+            .and_then(|path| path.strip_prefix(S::NAME))
+            .is_some_and(|method| method.starts_with('/'));
+        if !is_ours {
+            return Err(request);
+        }
+        // Generated services are always ready.
+        Ok(Box::pin(self.0.call(request)))
+    }
+}
+
+/// The first that knows the call.
+#[derive(Clone)]
+pub(super) struct Either<A, B>(pub(super) A, pub(super) B);
+
+impl<A: Call, B: Call> Call for Either<A, B> {
+    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>> {
+        self.0.call(request).or_else(|request| self.1.call(request))
+    }
+}
+
+#[derive(Clone)]
+struct Routes<S>(S);
+
+impl<S: Call> tower::Service<Request<Body>> for Routes<S> {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = CallFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> CallFuture {
+        self.0.call(request).unwrap_or_else(|request| {
+            let path = request.uri().path();
+            let status = tonic::Status::unimplemented(format!("there is no call {path} here"));
+            Box::pin(std::future::ready(Ok(status.into_http())))
+        })
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
