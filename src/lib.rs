@@ -17,9 +17,10 @@
 //! main.rs          flags → one role → exit code
 //! cli/             one file per subcommand: parse, call a room, print
 //! agent.rs         composition of `vinelet agent`
-//! node.rs          composition of `vinelet node`; alone in naming concrete backends
+//! node/            composition of `vinelet node`; alone in naming concrete backends
 //! telemetry.rs     the tracing subscriber
 //! readiness.rs   ● starting, ready, failing, draining: what the rooms may know of each other
+//! sockets.rs       listening sockets that are never seen half made
 //! http.rs          /healthz, /readyz, /metrics
 //! csi/             kubelet's door: Identity, Node, plugin registration
 //! volumes/         what it means for a volume to be published
@@ -46,6 +47,7 @@ pub mod node;
 pub mod readiness;
 pub mod runtimes;
 pub mod shard;
+pub mod sockets;
 pub mod supervisor;
 pub mod telemetry;
 pub mod volumes;

@@ -15,11 +15,14 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::gflags;
+use super::supervised;
 pub(crate) use super::vineyardd::Options;
 use super::vineyardd::{Command, FLAGS, FlagsError, Surroundings, understand};
 use crate::shard::protocol::VERSION;
 use crate::shard::store::{Config, OpenError, Store};
 use crate::shard::{self, BindError, Listeners};
+use crate::supervisor::{ChildChannel, InheritError, SendError};
+use crate::telemetry;
 
 /// Why a shard cannot be, or came to an end.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,12 @@ pub(crate) enum ShardError {
     Signals(#[source] io::Error),
     #[error("serving")]
     Serve(#[source] io::Error),
+    #[error("taking over from the supervisor")]
+    Inherit(#[from] InheritError),
+    #[error("leaving a socket in custody")]
+    Custody(#[from] SendError),
+    #[error("--socket names no path")]
+    NoSocket,
 }
 
 /// Runs a shard with `args`, program's name and subcommand left out.
@@ -47,16 +56,21 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     match run_to_end(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut text = format!("ERROR: {error}");
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                text = format!("{text}: {cause}");
-                source = cause.source();
-            }
-            eprintln!("{text}");
+            eprintln!("ERROR: {}", chain(&error));
             ExitCode::from(1)
         }
     }
+}
+
+/// An error with all its causes, on one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }
 
 fn run_to_end(args: Vec<OsString>) -> Result<(), ShardError> {
@@ -78,14 +92,33 @@ fn run_to_end(args: Vec<OsString>) -> Result<(), ShardError> {
         }
         Command::Serve(options) => options,
     };
+    start_log();
+    let inherited = ChildChannel::inherited()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(ShardError::Runtime)?;
     runtime.block_on(async {
+        if let Some(inherited) = inherited {
+            return supervised::serve(&options, inherited).await;
+        }
         let stop = termination().map_err(ShardError::Signals)?;
         serve(&options, None, || {}, stop).await
     })
+}
+
+/// Logs as the environment says; `VINELET_LOG`, `VINELET_LOG_FORMAT` and `VINELET_ROLE` stand in
+/// for flags that vineyardd does not have.
+fn start_log() {
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    let level = variable("VINELET_LOG");
+    let level = if level.is_empty() { "info" } else { &level };
+    let format = variable("VINELET_LOG_FORMAT").parse().unwrap_or_default();
+    let role = variable("VINELET_ROLE");
+    let role = if role.is_empty() { "shard" } else { &role };
+    if let Err(error) = telemetry::init(level, format, role) {
+        eprintln!("WARNING: no log: {}", chain(&error));
+    }
 }
 
 /// What the original prints when the binary has its name.
@@ -193,7 +226,7 @@ impl Drop for SocketFile {
     }
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
+pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }

@@ -1,6 +1,7 @@
 //! Kubelet's door: the CSI Identity and Node services, and kubelet's plugin registration.
 
 pub mod authority;
+mod dial;
 mod door;
 pub mod grpc;
 mod identity;
@@ -16,6 +17,7 @@ use tokio::net::UnixListener;
 
 use crate::volumes::{Mounter, Volumes};
 
+pub use dial::{ConnectError, connect};
 pub use door::{SocketError, listen};
 pub use registration::{Registered, Registration, RegistrationOptions};
 

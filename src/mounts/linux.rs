@@ -26,7 +26,8 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags,
 };
 
 use super::sys::{self, Answer, Asking, MountStat};
@@ -444,6 +445,10 @@ impl Mounter for Linux {
     fn tmpfs(&self, target: &Place, options: TmpfsOptions) -> Result<(), Error> {
         let what = || format!("mounting a tmpfs of {} bytes at {target}", options.size);
         let to = open_directory(target)?;
+        let look = self.look(to.as_fd(), target)?;
+        if look.is_mount_root && self.facts(to.as_fd(), look.mount, target)?.fstype == "tmpfs" {
+            return resize(to.as_fd(), options.size).map_err(|error| failed(what(), error));
+        }
         self.require_free(to.as_fd(), target)?;
         let make = |with_huge_pages: bool| {
             let context = rustix::mount::fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -551,6 +556,14 @@ fn place_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>, beneath: bool) -> 
     rustix::mount::move_mount(mount, c"", target, c"", flags)
 }
 
+/// Gives the tmpfs whose root `fd` is another size limit; what it holds stays.
+fn resize(fd: BorrowedFd<'_>, size: u64) -> Result<(), Errno> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let context = rustix::mount::fspick(fd, c"", flags)?;
+    rustix::mount::fsconfig_set_string(context.as_fd(), "size", &size.to_string())?;
+    rustix::mount::fsconfig_reconfigure(context.as_fd())
+}
+
 /// Detaches the mount whose root `fd` is, with what is mounted below it. Through the descriptor,
 /// not by path: nobody can put another mount in its place meanwhile.
 fn detach(fd: &OwnedFd) -> Result<(), Errno> {
@@ -596,4 +609,28 @@ fn failed(what: String, error: impl Into<io::Error>) -> Error {
 /// they start a container, which a read-only mount refuses with EROFS.
 pub fn selinux_enforcing() -> bool {
     fs::read("/sys/fs/selinux/enforce").is_ok_and(|text| text.starts_with(b"1"))
+}
+
+/// Detaches every mount below `dir`, and on it, as this mount namespace shows them; how many
+/// that were. For the end of `vinelet dev`: it reads the whole mount table.
+pub fn detach_all_beneath(dir: &Path) -> Result<usize, Error> {
+    let text = fs::read("/proc/thread-self/mountinfo").map_err(|source| Error::Kernel {
+        what: "reading mountinfo".to_owned(),
+        source,
+    })?;
+    let table = MountTable::parse(&text).map_err(|error| Error::Kernel {
+        what: "reading mountinfo".to_owned(),
+        source: io::Error::new(io::ErrorKind::InvalidData, error),
+    })?;
+    let mut detached = 0;
+    // What was mounted last lies on top.
+    for entry in table.entries().iter().rev() {
+        if entry.target.starts_with(dir) {
+            let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+            rustix::mount::unmount(&entry.target, flags)
+                .map_err(|error| failed(format!("unmounting {}", entry.target.display()), error))?;
+            detached += 1;
+        }
+    }
+    Ok(detached)
 }

@@ -9,7 +9,7 @@ mod sys;
 mod table;
 
 pub use fake::{Fake, Fault};
-pub use linux::{Linux, selinux_enforcing};
+pub use linux::{Linux, detach_all_beneath, selinux_enforcing};
 pub use table::{MountEntry, MountTable, TableError};
 
 use std::os::fd::OwnedFd;
@@ -186,7 +186,8 @@ pub trait Mounter: Send + Sync + 'static {
     /// from beneath: at no moment is there no mount, and afterwards there is exactly one.
     fn attach(&self, mount: OwnedFd, target: &Place) -> Result<(), Error>;
 
-    /// Mounts a tmpfs at `target`, with transparent huge pages where the kernel has them.
+    /// Mounts a tmpfs at `target`, with transparent huge pages where the kernel has them; one
+    /// that is there already keeps what it holds and takes on the size.
     /// Never stacks: a target on which something is mounted is refused.
     fn tmpfs(&self, target: &Place, options: TmpfsOptions) -> Result<(), Error>;
 

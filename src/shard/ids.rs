@@ -186,12 +186,18 @@ mod tests {
 
     #[test]
     fn ids_print_as_vineyard_prints_them() {
-        assert_eq!(ObjectId(0x6880a01c20400024).to_string(), "o6880a01c20400024");
+        assert_eq!(
+            ObjectId(0x6880a01c20400024).to_string(),
+            "o6880a01c20400024"
+        );
         assert_eq!(ObjectId::EMPTY_BLOB.to_string(), "o8000000000000000");
         assert_eq!(Signature(1).to_string(), "s0000000000000001");
         assert_eq!(InstanceId(7).to_string(), "i7");
         assert_eq!(SessionId(-1).to_string(), "Sffffffffffffffff");
-        assert_eq!("o6880a01c20400024".parse(), Ok(ObjectId(0x6880a01c20400024)));
+        assert_eq!(
+            "o6880a01c20400024".parse(),
+            Ok(ObjectId(0x6880a01c20400024))
+        );
         for bad in ["", "o", "6880", "o+1", "o12345678123456781", "s1"] {
             assert!(bad.parse::<ObjectId>().is_err(), "{bad}");
         }
@@ -203,7 +209,10 @@ mod tests {
         assert_eq!(blob, ObjectId::EMPTY_BLOB);
         let max: ObjectId = serde_json::from_str("18446744073709551615").unwrap();
         assert_eq!(max, ObjectId::INVALID);
-        assert_eq!(serde_json::from_str::<ObjectId>("5.0").unwrap(), ObjectId(5));
+        assert_eq!(
+            serde_json::from_str::<ObjectId>("5.0").unwrap(),
+            ObjectId(5)
+        );
         assert!(serde_json::from_str::<ObjectId>("\"5\"").is_err());
         assert!(serde_json::from_str::<ObjectId>("5.5").is_err());
     }

@@ -1,0 +1,134 @@
+//! Listening sockets: taken back from custody, or made anew and deposited there.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::sockets;
+use crate::supervisor::{ChildChannel, Deposit};
+
+/// What earlier node roles left with the supervisor, by name.
+pub(super) struct Doors {
+    channel: ChildChannel,
+    deposits: BTreeMap<String, Deposit>,
+}
+
+impl Doors {
+    pub(super) fn new(channel: ChildChannel, deposits: Vec<Deposit>) -> Self {
+        let named = |deposit: Deposit| (deposit.name.clone(), deposit);
+        Self {
+            channel,
+            deposits: deposits.into_iter().map(named).collect(),
+        }
+    }
+
+    /// The socket at `path`, mode 0600: the one in custody if its file is still there, so that
+    /// those who connected meanwhile are served; else a new one.
+    pub(super) fn unix(
+        &mut self,
+        name: &str,
+        path: &Path,
+    ) -> anyhow::Result<tokio::net::UnixListener> {
+        let kept = self.deposits.remove(name).filter(|deposit| {
+            file_identity(path).is_some_and(|identity| identity == deposit.context)
+        });
+        let listener = match kept.and_then(first_fd) {
+            Some(fd) => UnixListener::from(fd),
+            None => {
+                let listener = sockets::listen_unix(path, 0o600)?;
+                let identity = file_identity(path).unwrap_or_default();
+                self.channel
+                    .deposit(name, &identity, &[listener.as_fd()])
+                    .with_context(|| format!("leaving {} in custody", path.display()))?;
+                listener
+            }
+        };
+        into_tokio(listener, tokio::net::UnixListener::from_std)
+    }
+
+    /// The socket at `address`: the one in custody, or a new one.
+    pub(super) fn tcp(
+        &mut self,
+        name: &str,
+        address: SocketAddr,
+    ) -> anyhow::Result<tokio::net::TcpListener> {
+        let kept = self
+            .deposits
+            .remove(name)
+            .filter(|deposit| deposit.context == address.to_string().as_bytes());
+        let listener = match kept.and_then(first_fd) {
+            Some(fd) => TcpListener::from(fd),
+            None => {
+                let listener = sockets::listen_tcp(address)?;
+                let context = address.to_string().into_bytes();
+                self.channel
+                    .deposit(name, &context, &[listener.as_fd()])
+                    .with_context(|| format!("leaving {address} in custody"))?;
+                listener
+            }
+        };
+        into_tokio(listener, tokio::net::TcpListener::from_std)
+    }
+
+    /// A listener from custody, whatever its state.
+    pub(super) fn inherited_unix(&mut self, name: &str) -> Option<UnixListener> {
+        let deposit = self.deposits.remove(name)?;
+        first_fd(deposit).map(UnixListener::from)
+    }
+
+    /// Leaves each listener it is called with in custody under `name`.
+    pub(super) fn keeping(&self, name: &'static str) -> impl FnMut(BorrowedFd<'_>) + Send + use<> {
+        let channel = self.channel.clone();
+        move |listener| {
+            if let Err(error) = channel.deposit(name, &[], &[listener]) {
+                tracing::error!(name, %error, "a listening socket is not in custody");
+            }
+        }
+    }
+
+    /// What nobody has asked for yet.
+    pub(super) fn rest(self) -> BTreeMap<String, Deposit> {
+        self.deposits
+    }
+}
+
+fn first_fd(deposit: Deposit) -> Option<std::os::fd::OwnedFd> {
+    deposit.fds.into_iter().next()
+}
+
+/// Device and inode of the file at `path`, as bytes.
+fn file_identity(path: &Path) -> Option<Vec<u8>> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    Some(format!("{}:{}", metadata.dev(), metadata.ino()).into_bytes())
+}
+
+trait Nonblocking {
+    fn set_nonblocking(&self) -> std::io::Result<()>;
+}
+
+impl Nonblocking for UnixListener {
+    fn set_nonblocking(&self) -> std::io::Result<()> {
+        self.set_nonblocking(true)
+    }
+}
+
+impl Nonblocking for TcpListener {
+    fn set_nonblocking(&self) -> std::io::Result<()> {
+        self.set_nonblocking(true)
+    }
+}
+
+fn into_tokio<L: Nonblocking, T>(
+    listener: L,
+    convert: impl Fn(L) -> std::io::Result<T>,
+) -> anyhow::Result<T> {
+    listener
+        .set_nonblocking()
+        .and_then(|()| convert(listener))
+        .context("handing a listening socket to tokio")
+}

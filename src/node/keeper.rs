@@ -1,0 +1,374 @@
+//! Keeps this node's runtimes as their files ask: carries out the steps that `reconcile` decides.
+//!
+//! One loop, no locks. What takes time (asking a shard) happens in tasks that report back here.
+//! What fails for reasons outside (no rights, a read-only disk, no `/dev/fuse`) is said on the
+//! board and tried again with growing pauses.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use super::Options;
+use super::local::{Local, Stage};
+use super::shards::Shards;
+use crate::mounts::Linux;
+use crate::readiness::Readiness;
+use crate::runtimes::{
+    Board, Difference, Present, RuntimeId, RuntimeSpec, RuntimesDir, Step, reconcile,
+};
+use crate::supervisor::{ChildChannel, ChildPlan, ChildReport, Deposit, FromSupervisor};
+
+/// What a task found out about a shard.
+struct Probed {
+    id: RuntimeId,
+    /// The process that was asked; an answer about an earlier one counts for nothing.
+    pid: Option<u32>,
+    answer: anyhow::Result<()>,
+}
+
+/// Everything the node role knows of its runtimes.
+pub(super) struct Keeper {
+    options: Arc<Options>,
+    mounter: Arc<Linux>,
+    board: Board,
+    shards: Arc<Shards>,
+    channel: ChildChannel,
+    reports: watch::Sender<Vec<ChildReport>>,
+    /// Runtimes whose figures are exported.
+    exported: watch::Sender<Vec<RuntimeId>>,
+    locals: BTreeMap<RuntimeId, Local>,
+    present: Present,
+    /// Runtimes to start once what runs under their name has gone.
+    next: BTreeMap<RuntimeId, RuntimeSpec>,
+    /// Marks of an earlier node role that no runtime has claimed yet.
+    marks: BTreeMap<String, Deposit>,
+    probes: (mpsc::Sender<Probed>, mpsc::Receiver<Probed>),
+}
+
+impl Keeper {
+    pub(super) fn new(
+        options: Arc<Options>,
+        mounter: Arc<Linux>,
+        board: Board,
+        shards: Arc<Shards>,
+        channel: ChildChannel,
+        marks: BTreeMap<String, Deposit>,
+        reports: watch::Sender<Vec<ChildReport>>,
+        exported: watch::Sender<Vec<RuntimeId>>,
+    ) -> Self {
+        Self {
+            options,
+            mounter,
+            board,
+            shards,
+            channel,
+            reports,
+            exported,
+            locals: BTreeMap::new(),
+            present: Present::new(),
+            next: BTreeMap::new(),
+            marks,
+            probes: mpsc::channel(64),
+        }
+    }
+
+    pub(super) fn csi_socket(&self) -> &Path {
+        &self.options.csi_socket
+    }
+
+    /// Runs until the supervisor says stop, or is gone.
+    pub(super) async fn run(&mut self, mut directory: RuntimesDir) -> anyhow::Result<()> {
+        self.read(&directory);
+        self.drop_unclaimed_marks();
+        self.board.complete();
+        if let Err(error) = self.channel.state(&Readiness::Ready) {
+            tracing::error!(%error, "the supervisor does not know that the node role is ready");
+        }
+        loop {
+            let retry = self.locals.values().filter_map(Local::retry_at).min();
+            tokio::select! {
+                message = self.channel.next() => match message {
+                    Some(FromSupervisor::Report(children)) => self.reported(children),
+                    Some(FromSupervisor::Stop) | None => return Ok(()),
+                },
+                changed = directory.changed() => {
+                    changed?;
+                    self.read(&directory);
+                }
+                Some(probed) = self.probes.1.recv() => self.probed(probed),
+                () = until(retry) => self.retry(),
+            }
+        }
+    }
+
+    /// Takes every mark away; published volumes stay.
+    pub(super) fn drain(&mut self) {
+        for (id, local) in &mut self.locals {
+            self.board.set(id, Readiness::Draining);
+            local.withdraw_mark(&self.mounter, &self.channel, &self.options);
+        }
+    }
+
+    fn read(&mut self, directory: &RuntimesDir) {
+        let wanted = match directory.read() {
+            Ok(wanted) => wanted,
+            Err(error) => {
+                let path = directory.path().display();
+                tracing::error!(%error, %path, "the runtimes directory cannot be read");
+                return;
+            }
+        };
+        let decision = reconcile(&wanted, &self.present);
+        self.present = decision.present;
+        for step in decision.steps {
+            match step {
+                Step::Complain(complaint) => {
+                    let runtime = complaint.runtime.as_ref().map(ToString::to_string);
+                    tracing::warn!(runtime, files = ?complaint.files, why = complaint.why, "runtime refused");
+                    if let Some(id) = complaint.runtime
+                        && !self.present.contains_key(&id)
+                    {
+                        self.board.set(&id, Readiness::Failing(complaint.why));
+                    }
+                }
+                Step::Stop(id) => self.stop(&id),
+                Step::Change { from, to, what } => self.change(&from, to, what),
+                Step::Start(spec) => self.start(spec),
+            }
+        }
+        self.forget_complaints(&wanted);
+        self.want();
+    }
+
+    /// Takes runtimes off the board that were refused before and that nobody names any more.
+    fn forget_complaints(&self, wanted: &crate::runtimes::Wanted) {
+        for id in self.board.all().into_keys() {
+            let is_named = wanted
+                .values()
+                .flatten()
+                .flatten()
+                .any(|spec| spec.id == id);
+            if !is_named && !self.locals.contains_key(&id) {
+                self.board.remove(&id);
+            }
+        }
+    }
+
+    fn start(&mut self, spec: RuntimeSpec) {
+        let id = spec.id.clone();
+        if self.locals.contains_key(&id) {
+            self.next.insert(id, spec);
+            return;
+        }
+        tracing::info!(runtime = %id, memory = spec.memory, rpc_port = spec.rpc_port, "runtime starts");
+        let mut local = Local::new(spec, &self.options);
+        self.board.set(&id, local.readiness());
+        if let Some(mark) = self.marks.remove(&local.deposit_name()) {
+            local.take_over_mark(
+                mark,
+                &self.options,
+                &self.board,
+                &self.shards,
+                &self.channel,
+            );
+        }
+        self.locals.insert(id.clone(), local);
+        self.prepare(&id);
+    }
+
+    fn change(&mut self, from: &RuntimeSpec, to: RuntimeSpec, what: Difference) {
+        if what.memory || what.rpc_port {
+            tracing::warn!(
+                runtime = %to.id,
+                memory = to.memory,
+                rpc_port = to.rpc_port,
+                "runtime changes: its shard starts anew, without the objects it has"
+            );
+        }
+        if let Some(next) = self.next.get_mut(&from.id) {
+            *next = to;
+        } else if let Some(local) = self.locals.get_mut(&from.id) {
+            let id = to.id.clone();
+            local.change(to);
+            if what.memory || what.rpc_port {
+                self.prepare(&id);
+            }
+        }
+    }
+
+    fn stop(&mut self, id: &RuntimeId) {
+        tracing::info!(runtime = %id, "runtime stops");
+        self.board.remove(id);
+        self.next.remove(id);
+        if let Some(local) = self.locals.get_mut(id) {
+            local.withdraw_mark(&self.mounter, &self.channel, &self.options);
+            local.stage = Stage::Leaving;
+        }
+        // One that never got as far as a shard has nothing to wait for.
+        let reports = self.reports.borrow().clone();
+        self.finish_leaving(&reports);
+    }
+
+    /// Makes ready what a shard needs, or says on the board why it cannot.
+    fn prepare(&mut self, id: &RuntimeId) {
+        let Some(local) = self.locals.get_mut(id) else {
+            return;
+        };
+        local.prepare(&self.mounter, &self.options);
+        self.board.set(id, local.readiness());
+    }
+
+    fn retry(&mut self) {
+        let now = Instant::now();
+        let due = |local: &Local| local.retry_at().is_some_and(|at| at <= now);
+        let ids: Vec<_> = self
+            .locals
+            .iter()
+            .filter(|(_, local)| due(local))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in ids {
+            self.prepare(&id);
+        }
+        self.want();
+        let reports = self.reports.borrow().clone();
+        self.look_at(&reports);
+    }
+
+    /// Tells the supervisor which shards shall run.
+    fn want(&self) {
+        let plans: Vec<ChildPlan> = self
+            .locals
+            .values()
+            .filter_map(|local| local.plan(&self.options))
+            .collect();
+        if let Err(error) = self.channel.want(plans) {
+            tracing::error!(%error, "the supervisor does not know which shards shall run");
+        }
+    }
+
+    fn reported(&mut self, children: Vec<ChildReport>) {
+        self.reports.send_replace(children.clone());
+        self.finish_leaving(&children);
+        self.look_at(&children);
+    }
+
+    /// Compares what the supervisor says of each shard with what is known here.
+    fn look_at(&mut self, children: &[ChildReport]) {
+        for (id, local) in &mut self.locals {
+            let child_name = local.child_name();
+            let Some(child) = children.iter().find(|child| child.name == child_name) else {
+                continue;
+            };
+            let was = local.readiness();
+            let Some(pid) = local.hear(child) else {
+                if local.readiness() != was {
+                    tracing::info!(runtime = %id, readiness = %local.readiness(), "runtime");
+                    self.board.set(id, local.readiness());
+                    if let Readiness::Failing(_) = local.readiness() {
+                        local.withdraw_mark(&self.mounter, &self.channel, &self.options);
+                    }
+                }
+                continue;
+            };
+            let (id, shards, found) = (id.clone(), Arc::clone(&self.shards), self.probes.0.clone());
+            tokio::spawn(async move {
+                let answer = shards.status(&id).await.map(|_| ());
+                let pid = Some(pid);
+                // The receiver lives as long as the role.
+                let _ = found.send(Probed { id, pid, answer }).await;
+            });
+        }
+    }
+
+    fn probed(&mut self, probed: Probed) {
+        let Some(local) = self.locals.get_mut(&probed.id) else {
+            return;
+        };
+        if !local.is_probing(probed.pid) {
+            return;
+        }
+        match probed.answer {
+            Ok(()) => local.bring_up(
+                &self.mounter,
+                &self.board,
+                &self.shards,
+                &self.channel,
+                &self.options,
+            ),
+            Err(error) => local.fail(format!("{error:#}")),
+        }
+        let readiness = local.readiness();
+        match &readiness {
+            Readiness::Ready => tracing::info!(runtime = %probed.id, "runtime is ready"),
+            Readiness::Starting(_) | Readiness::Failing(_) | Readiness::Draining => {
+                tracing::error!(runtime = %probed.id, %readiness, "runtime");
+            }
+        }
+        self.board.set(&probed.id, readiness);
+    }
+
+    /// Cleans up after runtimes whose shard is gone, and starts what waited for that.
+    fn finish_leaving(&mut self, children: &[ChildReport]) {
+        let gone: Vec<RuntimeId> = self
+            .locals
+            .iter()
+            .filter(|(_, local)| matches!(local.stage, Stage::Leaving))
+            .filter(|(_, local)| {
+                let name = local.child_name();
+                !children.iter().any(|child| child.name == name)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in gone {
+            if let Some(local) = self.locals.remove(&id) {
+                local.clean_up(&self.mounter, &self.options);
+            }
+            if let Some(spec) = self.next.remove(&id) {
+                self.start(spec);
+                self.want();
+            }
+        }
+    }
+
+    /// Takes away marks whose runtime no file asks for any more.
+    fn drop_unclaimed_marks(&mut self) {
+        for (name, deposit) in std::mem::take(&mut self.marks) {
+            let Some(id) = name
+                .strip_prefix(super::local::MARK)
+                .and_then(|id| id.parse().ok())
+            else {
+                continue;
+            };
+            drop(deposit);
+            super::local::detach_marks(&id, &self.mounter, &self.options);
+            if let Err(error) = self.channel.withdraw(&name) {
+                tracing::warn!(%error, name, "custody keeps a descriptor nobody needs");
+            }
+        }
+    }
+}
+
+/// Ends at `at`, or never.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How long to wait before the `attempt`-th repetition (from 0).
+pub(super) fn pause(attempt: u32) -> Duration {
+    Duration::from_millis(200)
+        .saturating_mul(1 << attempt.min(8))
+        .min(Duration::from_secs(30))
+}
+
+/// A directory that the shard of a runtime uses for shared memory.
+pub(super) fn arena_dir(options: &Options, layout: &crate::runtimes::Layout) -> PathBuf {
+    layout.arena_dir(&options.shm_dir)
+}
