@@ -1,6 +1,9 @@
 //! Bytes in, bytes out: the shard over real sockets, against recorded vineyard conversations and
 //! against clients that mean harm.
 
+// Where a test cannot go on it stops.
+#![allow(clippy::unwrap_used)]
+
 mod blobs;
 mod doors;
 mod hostile;
@@ -87,6 +90,36 @@ fn objects_are_persisted_as_with_vineyardd() {
 #[test]
 fn objects_are_copied_as_with_vineyardd() {
     same("shallow_copy", 15);
+}
+
+#[test]
+fn numbers_come_back_digit_for_digit() {
+    let server = server::Server::start();
+    let mut client = server.registered();
+    for number in [
+        "0.1",
+        "2.0",
+        "-0.0",
+        "1.2345000505447388",
+        "123.45678901234568",
+        "-9.671406556917033e-24",
+        "6.02214076e-10",
+        "5e-324",
+        "1.7976931348623157e+308",
+        "18446744073709551615",
+        "-9223372036854775808",
+    ] {
+        let create = format!(
+            r#"{{"type":"create_data_request","content":{{"typename":"t","instance_id":0,"v":{number}}}}}"#
+        );
+        let created: serde_json::Value = serde_json::from_str(&client.ask_text(&create)).unwrap();
+        let get = format!(r#"{{"type":"get_data_request","id":[{}]}}"#, created["id"]);
+        let got = client.ask_text(&get);
+        assert!(
+            got.contains(&format!(r#""v":{number}}}"#)),
+            "{number}: {got}"
+        );
+    }
 }
 
 #[test]

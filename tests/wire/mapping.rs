@@ -38,7 +38,7 @@ const FREE_NUMBERS: &[&str] = &[
 const FREE_TEXTS: &[&str] = &["hostname", "ipc_socket", "nodename", "rpc_endpoint"];
 
 /// Pairs of a recorded number and ours.
-pub type Figures = &'static [(u64, u64)];
+pub(crate) type Figures = &'static [(u64, u64)];
 
 /// A bijection that is learnt.
 #[derive(Default)]
@@ -62,7 +62,7 @@ impl Pairs {
     }
 }
 
-pub struct Mapping {
+pub(crate) struct Mapping {
     ids: Pairs,
     regions: Pairs,
     id_text: Regex,
@@ -71,12 +71,12 @@ pub struct Mapping {
     usage: Figures,
     usage_told: Figures,
     /// What our status says of connections.
-    pub ipc_connections: u64,
-    pub rpc_connections: u64,
+    pub(crate) ipc_connections: u64,
+    pub(crate) rpc_connections: u64,
 }
 
 impl Mapping {
-    pub fn new(usage: Figures, usage_told: Figures) -> Self {
+    pub(crate) fn new(usage: Figures, usage_told: Figures) -> Self {
         let mut ids = Pairs::default();
         for fixed in [1 << 63, u64::MAX] {
             ids.learn(fixed, fixed);
@@ -93,18 +93,18 @@ impl Mapping {
         }
     }
 
-    pub fn our_id(&self, recorded: u64) -> u64 {
+    pub(crate) fn our_id(&self, recorded: u64) -> u64 {
         self.ids.to_ours.get(&recorded).copied().unwrap_or(recorded)
     }
 
     /// A recorded request, as our server has to be asked. Ids that no reply told are the client's
     /// own invention and stay.
-    pub fn request(&mut self, recorded: &Value) -> Value {
+    pub(crate) fn request(&mut self, recorded: &Value) -> Value {
         self.translate(recorded, None, "")
     }
 
     /// A recorded reply, as our server has to give it; `ours` tells what differs by nature.
-    pub fn reply(&mut self, recorded: &Value, ours: &Value) -> Value {
+    pub(crate) fn reply(&mut self, recorded: &Value, ours: &Value) -> Value {
         self.translate(recorded, Some(ours), "")
     }
 

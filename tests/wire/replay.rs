@@ -13,24 +13,24 @@ use crate::server::{Client, LIMIT, Server};
 
 /// Where we answer otherwise than vineyardd did, and why.
 #[derive(Clone, Copy)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// What the recorded request contains.
-    pub request: &'static str,
+    pub(crate) request: &'static str,
     /// What our reply is, or begins with.
-    pub ours: &'static str,
-    pub why: &'static str,
+    pub(crate) ours: &'static str,
+    pub(crate) why: &'static str,
 }
 
 /// What makes a conversation special.
 #[derive(Default)]
-pub struct Conversation {
-    pub name: &'static str,
-    pub differences: &'static [Difference],
+pub(crate) struct Conversation {
+    pub(crate) name: &'static str,
+    pub(crate) differences: &'static [Difference],
     /// Bytes that the recorded server held of other conversations.
-    pub held: u64,
+    pub(crate) held: u64,
     /// Recorded figures of memory in use, and what they are here: in statuses, and in errors.
-    pub usage: Figures,
-    pub usage_told: Figures,
+    pub(crate) usage: Figures,
+    pub(crate) usage_told: Figures,
 }
 
 struct Connection {
@@ -53,7 +53,7 @@ struct Replay<'a> {
 }
 
 /// Replays a conversation against a server of its own; the number of replies compared.
-pub fn replay(conversation: &Conversation) -> usize {
+pub(crate) fn replay(conversation: &Conversation) -> usize {
     let server = Server::start();
     if conversation.held > 0 {
         let mut before = server.registered_rpc();

@@ -20,22 +20,22 @@ use vinelet::shard::{self, Listeners};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The limit that the transcripts were recorded with.
-pub const LIMIT: u64 = 256 << 20;
+pub(crate) const LIMIT: u64 = 256 << 20;
 
-pub struct Server {
-    pub socket: PathBuf,
-    pub port: u16,
+pub(crate) struct Server {
+    pub(crate) socket: PathBuf,
+    pub(crate) port: u16,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
     _directory: tempfile::TempDir,
 }
 
 impl Server {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::with_limit(LIMIT)
     }
 
-    pub fn with_limit(memory_limit: u64) -> Self {
+    pub(crate) fn with_limit(memory_limit: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("vineyard.sock");
         let ipc = shard::bind_ipc(&socket).unwrap();
@@ -75,36 +75,36 @@ impl Server {
         }
     }
 
-    pub fn ipc(&self) -> Client {
+    pub(crate) fn ipc(&self) -> Client {
         let stream = UnixStream::connect(&self.socket).unwrap();
         Client::new(Stream::Ipc(stream))
     }
 
-    pub fn rpc(&self) -> Client {
+    pub(crate) fn rpc(&self) -> Client {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.set_nodelay(true).unwrap();
         Client::new(Stream::Rpc(stream))
     }
 
-    pub fn registered(&self) -> Client {
+    pub(crate) fn registered(&self) -> Client {
         let mut client = self.ipc();
         client.register();
         client
     }
 
-    pub fn registered_rpc(&self) -> Client {
+    pub(crate) fn registered_rpc(&self) -> Client {
         let mut client = self.rpc();
         client.register();
         client
     }
 
     /// Asks to stop, and waits until the server has ended.
-    pub fn stop(mut self) -> std::io::Result<()> {
+    pub(crate) fn stop(mut self) -> std::io::Result<()> {
         self.ask_to_stop();
         self.thread.take().unwrap().join().unwrap()
     }
 
-    pub fn ask_to_stop(&mut self) {
+    pub(crate) fn ask_to_stop(&mut self) {
         drop(self.stop.take());
     }
 }
@@ -126,7 +126,7 @@ enum Stream {
     Rpc(TcpStream),
 }
 
-pub struct Client {
+pub(crate) struct Client {
     stream: Stream,
 }
 
@@ -139,29 +139,29 @@ impl Client {
         Self { stream }
     }
 
-    pub fn send_raw(&mut self, bytes: &[u8]) {
+    pub(crate) fn send_raw(&mut self, bytes: &[u8]) {
         self.try_send_raw(bytes).unwrap();
     }
 
-    pub fn try_send_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    pub(crate) fn try_send_raw(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         match &mut self.stream {
             Stream::Ipc(stream) => stream.write_all(bytes),
             Stream::Rpc(stream) => stream.write_all(bytes),
         }
     }
 
-    pub fn send(&mut self, body: &[u8]) {
+    pub(crate) fn send(&mut self, body: &[u8]) {
         self.send_raw(&frame(body));
     }
 
-    pub fn receive_raw(&mut self, into: &mut [u8]) {
+    pub(crate) fn receive_raw(&mut self, into: &mut [u8]) {
         match &mut self.stream {
             Stream::Ipc(stream) => stream.read_exact(into).unwrap(),
             Stream::Rpc(stream) => stream.read_exact(into).unwrap(),
         }
     }
 
-    pub fn receive(&mut self) -> String {
+    pub(crate) fn receive(&mut self) -> String {
         let mut header = [0; 8];
         self.receive_raw(&mut header);
         let mut body = vec![0; usize::try_from(u64::from_le_bytes(header)).unwrap()];
@@ -169,16 +169,16 @@ impl Client {
         String::from_utf8(body).unwrap()
     }
 
-    pub fn ask_text(&mut self, body: &str) -> String {
+    pub(crate) fn ask_text(&mut self, body: &str) -> String {
         self.send(body.as_bytes());
         self.receive()
     }
 
-    pub fn ask(&mut self, request: &Value) -> Value {
+    pub(crate) fn ask(&mut self, request: &Value) -> Value {
         serde_json::from_str(&self.ask_text(&request.to_string())).unwrap()
     }
 
-    pub fn register(&mut self) -> Value {
+    pub(crate) fn register(&mut self) -> Value {
         let reply =
             self.ask(&json!({"type": "register_request", "version": "0.24.2", "store_type": 1}));
         assert_eq!(reply["type"], "register_reply");
@@ -186,7 +186,7 @@ impl Client {
     }
 
     /// One byte, and the one descriptor that travels with it.
-    pub fn receive_descriptor(&mut self) -> File {
+    pub(crate) fn receive_descriptor(&mut self) -> File {
         let Stream::Ipc(stream) = &self.stream else {
             panic!("no descriptors over TCP");
         };
@@ -212,7 +212,7 @@ impl Client {
     }
 
     /// What the server still says when the client says no more.
-    pub fn rest(mut self) -> Vec<u8> {
+    pub(crate) fn rest(mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         match &mut self.stream {
             Stream::Ipc(stream) => {
@@ -228,7 +228,7 @@ impl Client {
     }
 
     /// Whether the server closes, having said nothing more.
-    pub fn is_closed_by_server(&mut self) -> bool {
+    pub(crate) fn is_closed_by_server(&mut self) -> bool {
         let mut byte = [0];
         let read = match &mut self.stream {
             Stream::Ipc(stream) => stream.read(&mut byte),
@@ -242,7 +242,7 @@ impl Client {
     }
 }
 
-pub fn frame(body: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(body: &[u8]) -> Vec<u8> {
     let mut frame = (body.len() as u64).to_le_bytes().to_vec();
     frame.extend_from_slice(body);
     frame
