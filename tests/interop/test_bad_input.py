@@ -2,6 +2,7 @@
 
 import os
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -318,6 +319,61 @@ def test_garbage_on_the_csi_socket_costs_only_its_connection(served, kubelet):
     call(kubelet.endpoint, "Probe", csi.ProbeRequest(), 5)
 
 
+# --- the store ---------------------------------------------------------------------------------------
+
+
+def framed(body):
+    return struct.pack("<Q", len(body)) + body
+
+
+#: Each of these ends vineyardd 0.24.2, stops it from answering, or could.
+HOSTILE = {
+    "type that is a number": framed(b'{"type":5}'),
+    "no type": framed(b"{}"),
+    "null": framed(b"null"),
+    "no JSON": framed(b"not json at all"),
+    "not UTF-8": framed(os.urandom(64) + b"\xff"),
+    "empty frame": framed(b""),
+    "deep nesting": framed(b"[" * 200_000),
+    "half a header": b"\x01\x02",
+    "length beyond reason": struct.pack("<Q", 2**63 - 1),
+    "length without a body": struct.pack("<Q", 200 << 20),
+    "a run of ones": b"1" * 100_000,
+    "a run of 0xff": b"\xff" * 100_000,
+    "blob of impossible size": framed(b'{"type":"register_request","version":"0.24.2"}')
+    + framed(b'{"type":"create_buffer_request","size":9223372036854775813}'),
+    "object without content": framed(b'{"type":"register_request","version":"0.24.2"}')
+    + framed(b'{"type":"create_data_request"}'),
+}
+
+
+@pytest.mark.parametrize("door", ["ipc", "rpc"])
+def test_hostile_bytes_cost_a_client_its_connection_at_most(scratch, door):
+    from servers import Server
+
+    server = Server("vinelet", scratch)
+    pid = server.process.pid
+    with socket.socket(socket.AF_UNIX) as bystander:
+        bystander.connect(str(server.socket))
+        for name, data in HOSTILE.items():
+            client = socket.socket(socket.AF_UNIX if door == "ipc" else socket.AF_INET)
+            client.settimeout(5)
+            with client:
+                client.connect(str(server.socket) if door == "ipc" else ("127.0.0.1", server.port))
+                try:
+                    client.sendall(data)
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(65536):
+                        pass
+                except (ConnectionError, BrokenPipeError):
+                    pass  # it may hang up before it has read all
+            assert answers(server.socket, 5), f"after {name}"
+    assert server.process.pid == pid and server.process.poll() is None
+    resident = int(open(f"/proc/{pid}/statm").read().split()[1]) * 4096
+    assert resident < 100 << 20, "a header alone buys no memory"
+    server.stop()
+
+
 # --- runtime files ---------------------------------------------------------------------------------
 
 
@@ -457,7 +513,7 @@ COMMANDS = {
     "bad http address": (["agent", "--http=somewhere"], "somewhere"),
     "bad log level": (["agent", "--log=loud"], "loud"),
     "relative CSI endpoint": (["agent", "--csi-socket=tcp://1.2.3.4:5"], "tcp://1.2.3.4:5"),
-    "shard without a size": (["shard", "--socket=/tmp/x.sock", "--size=lots", "--meta=local"], "lots"),
+    "shard with a port that is none": (["shard", "--rpc_socket_port=lots"], "lots"),
     "shard with an unknown flag": (["shard", "--colour=blue"], "colour"),
     "dev with a bad size": (["dev", "--size=lots"], "lots"),
     "csi without a socket": (["csi", "info"], "--socket"),
