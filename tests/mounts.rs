@@ -2,6 +2,8 @@
 //! of its own (without root: in a user namespace of its own, too), which takes its mounts along
 //! when it ends.
 
+#![allow(clippy::unwrap_used, missing_docs)]
+
 use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};

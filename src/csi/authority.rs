@@ -423,3 +423,131 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Rewritten<S> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What Python's grpcio 1.85 sends for two calls on one connection with the authority that
+    /// kubelet uses: literal names, plain values, the second time an index.
+    const GRPCIO: &[u8] = include_bytes!("../../tests/data/authority/grpcio.client");
+    /// As grpc-go codes it: indexed names, Huffman values; then a block in three frames, padded
+    /// and with priority, around a value of all 256 bytes; with data frames full of `%` between.
+    /// Coded by the Python package hpack 4.1, once with the authority as it is and once as it
+    /// shall be.
+    const CODED: &[u8] = include_bytes!("../../tests/data/authority/coded.client");
+    const REWRITTEN: &[u8] = include_bytes!("../../tests/data/authority/coded.rewritten");
+
+    fn rewrite(pieces: &[&[u8]]) -> Vec<u8> {
+        let mut rewriter = Rewriter::default();
+        let mut out = Vec::new();
+        for piece in pieces {
+            rewriter.push(piece, &mut out).unwrap();
+        }
+        out
+    }
+
+    fn grpcio_rewritten() -> Vec<u8> {
+        let authority = b"%2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fvinelet.csi.v6d.io-reg.sock";
+        let at = GRPCIO
+            .windows(authority.len())
+            .position(|w| w == authority)
+            .unwrap();
+        let mut expected = GRPCIO.to_vec();
+        for byte in &mut expected[at..at + authority.len()] {
+            if *byte == b'%' {
+                *byte = b'-';
+            }
+        }
+        expected
+    }
+
+    #[test]
+    fn the_authority_and_nothing_else_changes() {
+        assert_eq!(rewrite(&[GRPCIO]), grpcio_rewritten());
+        assert_eq!(rewrite(&[CODED]), REWRITTEN);
+    }
+
+    #[test]
+    fn a_good_authority_stays_as_it_is() {
+        assert_eq!(rewrite(&[REWRITTEN]), REWRITTEN);
+    }
+
+    #[test]
+    fn every_single_byte_may_come_alone() {
+        for (bytes, expected) in [(GRPCIO, grpcio_rewritten()), (CODED, REWRITTEN.to_vec())] {
+            let pieces: Vec<_> = bytes.chunks(1).collect();
+            assert_eq!(rewrite(&pieces), expected);
+        }
+    }
+
+    #[test]
+    fn what_is_no_header_block_passes_at_once() {
+        let mut rewriter = Rewriter::default();
+        let mut out = Vec::new();
+        // The preface, SETTINGS, and half of the next frame's header.
+        rewriter.push(&CODED[..24 + 9 + 4], &mut out).unwrap();
+        assert_eq!(out, &CODED[..24 + 9]);
+    }
+
+    #[test]
+    fn an_endless_header_block_is_refused() {
+        let mut rewriter = Rewriter::default();
+        let mut out = Vec::new();
+        rewriter.push(&CODED[..24], &mut out).unwrap();
+        let mut kind = HEADERS;
+        let outcome = (0..6).try_for_each(|_| {
+            let frame = [&[0, 0x3f, 0, kind, 0, 0, 0, 0, 1][..], &[b'%'; 0x3f00]].concat();
+            kind = CONTINUATION;
+            rewriter.push(&frame, &mut out)
+        });
+        assert_eq!(outcome, Err(BlockTooLarge));
+        assert_eq!(out.len(), 24);
+    }
+
+    #[test]
+    fn a_block_that_is_interrupted_goes_on_to_whom_it_concerns() {
+        let mut rewriter = Rewriter::default();
+        let mut out = Vec::new();
+        let frames = [
+            &CODED[..24],
+            &[0, 0, 2, HEADERS, 0, 0, 0, 0, 1, 0x41, 0x03],
+            &[0, 0, 1, 0, 0, 0, 0, 0, 1, b'%'],
+        ]
+        .concat();
+        rewriter.push(&frames, &mut out).unwrap();
+        assert_eq!(out, frames);
+    }
+
+    proptest! {
+        #[test]
+        fn the_stream_may_be_cut_anywhere(
+            mut cuts in proptest::collection::vec(0..CODED.len(), 0..20),
+        ) {
+            cuts.sort_unstable();
+            let mut rest = CODED;
+            let mut pieces = Vec::new();
+            let mut from = 0;
+            for cut in cuts {
+                let (piece, tail) = rest.split_at(cut - from);
+                pieces.push(piece);
+                rest = tail;
+                from = cut;
+            }
+            pieces.push(rest);
+            prop_assert_eq!(rewrite(&pieces), REWRITTEN);
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic_or_change_length(
+            bytes in proptest::collection::vec(any::<u8>(), 0..300),
+            flags in any::<u8>(),
+        ) {
+            let length = u8::try_from(bytes.len() % 256).unwrap();
+            let header = [0, 0, length, HEADERS, flags | END_HEADERS, 0, 0, 0, 1];
+            let input = [&CODED[..24], &header, &bytes[..usize::from(length)]].concat();
+            prop_assert_eq!(rewrite(&[&input]).len(), input.len());
+        }
+    }
+}

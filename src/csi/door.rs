@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
@@ -106,7 +106,16 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 /// A client's connection, one of a bounded number.
 pub(super) struct Connection {
     io: Rewritten<UnixStream>,
+    /// Ends when the server has: what runs on the connection is then given up.
+    cut: Pin<Box<dyn Future<Output = ()> + Send>>,
     _permit: OwnedSemaphorePermit,
+}
+
+/// Accepted connections, for [`answer`].
+pub(super) struct Incoming {
+    connections: ReceiverStream<io::Result<Connection>>,
+    /// Dropped when the server ends.
+    cut: watch::Sender<()>,
 }
 
 /// Hands accepted connections to a server.
@@ -114,17 +123,24 @@ pub(super) struct Connection {
 pub(super) struct Acceptor {
     free: Arc<Semaphore>,
     accepted: mpsc::Sender<io::Result<Connection>>,
+    cut: watch::Receiver<()>,
 }
 
 impl Acceptor {
     /// An acceptor, and what it accepts.
-    pub(super) fn new() -> (Self, ReceiverStream<io::Result<Connection>>) {
+    pub(super) fn new() -> (Self, Incoming) {
         let (accepted, incoming) = mpsc::channel(1);
+        let (cut, is_cut) = watch::channel(());
         let acceptor = Self {
             free: Arc::new(Semaphore::new(CONNECTIONS)),
             accepted,
+            cut: is_cut,
         };
-        (acceptor, ReceiverStream::new(incoming))
+        let incoming = Incoming {
+            connections: ReceiverStream::new(incoming),
+            cut,
+        };
+        (acceptor, incoming)
     }
 
     /// Accepts until the server is gone. May be dropped at any time: a connection that is not
@@ -136,8 +152,13 @@ impl Acceptor {
             };
             match listener.accept().await {
                 Ok((stream, _)) => {
+                    let mut cut = self.cut.clone();
                     let connection = Connection {
                         io: Rewritten::new(stream),
+                        // Nothing is ever sent: it ends with the sender.
+                        cut: Box::pin(async move {
+                            let _ = cut.changed().await;
+                        }),
                         _permit: permit,
                     };
                     if self.accepted.send(Ok(connection)).await.is_err() {
@@ -155,19 +176,20 @@ impl Acceptor {
 
 /// Answers calls on the connections until `stop`, then lets those that run end.
 pub(super) async fn answer<S>(
-    incoming: ReceiverStream<io::Result<Connection>>,
+    incoming: Incoming,
     service: S,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error>
 where
     S: Call,
 {
-    let (stopped, mut is_stopped) = tokio::sync::watch::channel(false);
+    let (stopped, mut is_stopped) = watch::channel(false);
     let stop = async move {
         stop.await;
         let _ = stopped.send(true);
     };
-    let serve = Server::builder().serve_with_incoming_shutdown(Routes(service), incoming, stop);
+    let Incoming { connections, cut } = incoming;
+    let serve = Server::builder().serve_with_incoming_shutdown(Routes(service), connections, stop);
     let drained = async {
         // The sender also goes where the server ends by itself.
         if is_stopped.wait_for(|stopped| *stopped).await.is_ok() {
@@ -176,10 +198,12 @@ where
             std::future::pending::<()>().await;
         }
     };
-    tokio::select! {
+    let outcome = tokio::select! {
         outcome = serve => outcome,
         () = drained => Ok(()),
-    }
+    };
+    drop(cut);
+    outcome
 }
 
 /// The future of a call.
@@ -262,6 +286,9 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.cut.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.io).poll_read(cx, buf)
     }
 }
