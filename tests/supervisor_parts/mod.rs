@@ -33,6 +33,15 @@ pub(crate) fn play(args: &[String]) -> Option<ExitCode> {
             event(Path::new(dir), "stray", &stray.to_string());
             ExitCode::SUCCESS
         }
+        ["log", format] => {
+            telemetry::init("info", format.parse().unwrap(), "shard default/vineyard").unwrap();
+            let _span =
+                tracing::info_span!(target: "vinelet", "publish", volume_id = "v1").entered();
+            tracing::info!(target: "vinelet", bytes = 7, "done");
+            tracing::info!(target: "h2", "not to be seen");
+            tracing::debug!(target: "vinelet", "not to be seen");
+            ExitCode::SUCCESS
+        }
         ["stray"] => {
             std::thread::sleep(Duration::from_millis(500));
             ExitCode::SUCCESS
@@ -235,7 +244,7 @@ fn shard(dir: &Path, name: &str, part: &str) -> ExitCode {
             }
         }
         "stubborn" => ignore(Signal::SIGTERM),
-        "slow" => std::thread::sleep(Duration::from_millis(300)),
+        "slow" => std::thread::sleep(Duration::from_millis(500)),
         "stray" => {
             let mut middle = Command::new("/proc/self/exe");
             middle
