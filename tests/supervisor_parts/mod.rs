@@ -124,7 +124,10 @@ fn listener(inherited: Inherited, path: &Path) -> (ChildChannel, UnixListener, u
             UnixListener::from(deposit.fds.remove(0))
         }
         None => {
-            let listener = UnixListener::bind(path).unwrap();
+            // Between bind(2) and listen(2) a connect is refused: shown only when it listens.
+            let hidden = path.with_extension("new");
+            let listener = UnixListener::bind(&hidden).unwrap();
+            std::fs::rename(&hidden, path).unwrap();
             channel
                 .deposit("listener", b"context", &[listener.as_fd()])
                 .unwrap();
