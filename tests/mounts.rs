@@ -8,12 +8,18 @@ use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use vinelet::mounts::{
     BindOptions, Error, Found, FuseOptions, Linux, MountTable, Mounter, Place, TmpfsOptions,
+};
+use vinelet::readiness::Readiness;
+use vinelet::runtimes::{Board, RuntimeId};
+use vinelet::volumes::{
+    FiguresFuture, Publish, Published, Roots, ShardFigures, Source, VolumeId, Volumes,
 };
 
 const INSIDE: &str = "VINELET_TEST_IN_USER_NAMESPACE";
@@ -317,9 +323,12 @@ fn fuse_life_and_death(base: &Path) {
         // Nobody ever answers INIT: every request waits.
         let fuse = mounter.fuse(&fuse_options()).unwrap();
         mounter.attach(fuse.mount, &target).unwrap();
-        let look = || match mounter.inspect(&target).unwrap() {
-            Found::Mount(found) => found,
-            other => panic!("{other:?}"),
+        let look = || {
+            let found = mounter.inspect(&target).unwrap();
+            let Found::Mount(mounted) = found else {
+                panic!("{found:?}");
+            };
+            mounted
         };
         let begin = Instant::now();
         let found = look();
@@ -482,6 +491,81 @@ fn without_the_rights_the_answer_names_them() {
     assert!(error.to_string().contains("CAP_SYS_ADMIN"), "{error}");
 }
 
+struct NoFigures;
+
+impl ShardFigures for NoFigures {
+    fn figures<'a>(&'a self, _: &'a RuntimeId) -> FiguresFuture<'a> {
+        Box::pin(async { Err("not asked here".into()) })
+    }
+}
+
+#[test]
+fn a_pod_connects_through_a_published_volume_and_nothing_is_left_of_it() {
+    in_namespace(
+        "a_pod_connects_through_a_published_volume_and_nothing_is_left_of_it",
+        |base| {
+            // The runtime's threads are children of this one, so they are in its namespace.
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(publish_and_unpublish(base));
+        },
+    );
+}
+
+async fn publish_and_unpublish(base: &Path) {
+    let (source, target) = source_and_target(base);
+    fs::remove_dir(target.path()).unwrap();
+    let id = RuntimeId::new("ns", "name").unwrap();
+    let board = Board::default();
+    board.set(&id, Readiness::Ready);
+    board.complete();
+    let roots = Roots {
+        kubelet_dir: base.join("pods"),
+        runtime_root: base.join("runtime"),
+    };
+    let mounter = Arc::new(Linux::new());
+    let volumes = Volumes::new(roots.clone(), false, mounter, board, Arc::new(NoFigures));
+    let request = Publish {
+        volume_id: VolumeId::new("v"),
+        target: roots.target(&target.path()).unwrap(),
+        source: Source {
+            runtime: id,
+            sub_path: None,
+        },
+    };
+    let patience = Duration::from_secs(1);
+    let publish = async || volumes.publish(&request, patience).await;
+    let mut fastest = Duration::MAX;
+    for _ in 0..100 {
+        let begin = Instant::now();
+        assert_eq!(publish().await.unwrap(), Published::Now);
+        fastest = fastest.min(begin.elapsed());
+        assert_eq!(publish().await.unwrap(), Published::Before);
+        assert_eq!(table().at(&target.path()).len(), 1);
+        assert_eq!(volumes.unpublish(&request.target).await.unwrap(), 1);
+        assert!(!target.path().exists());
+    }
+    println!("publish without its socket {fastest:?}");
+
+    publish().await.unwrap();
+    let mode = fs::metadata(target.path()).unwrap().permissions();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode) & 0o7777,
+        0o755
+    );
+    // A socket that is made anew is there at once, also for who came before.
+    for _ in 0..3 {
+        let _ = fs::remove_file(source.path().join("s"));
+        let _listener = UnixListener::bind(source.path().join("s")).unwrap();
+        UnixStream::connect(target.path().join("s")).unwrap();
+    }
+    assert_eq!(volumes.unpublish(&request.target).await.unwrap(), 1);
+    assert_eq!(volumes.unpublish(&request.target).await.unwrap(), 0);
+    assert_eq!(table().beneath(base).len(), 1);
+}
+
 #[test]
 fn everything_works_in_a_user_namespace() {
     if std::env::var_os(INSIDE).is_some() {
@@ -492,6 +576,7 @@ fn everything_works_in_a_user_namespace() {
         "a_fuse_server_that_hangs_is_not_waited_for_and_one_that_is_gone_is_recognised",
         "a_tmpfs_has_its_size_and_mode_and_is_not_stacked",
         "a_mount_is_replaced_without_a_moment_without_one",
+        "a_pod_connects_through_a_published_volume_and_nothing_is_left_of_it",
     ] {
         again_in_user_namespace(name);
     }

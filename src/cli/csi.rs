@@ -301,7 +301,12 @@ async fn connect(path: PathBuf) -> Result<Channel, Status> {
             let mut text = refused;
             let mut cause = std::error::Error::source(&error);
             while let Some(error) = cause {
-                text.push_str(&format!(": {error}"));
+                let why = error.to_string();
+                // A wrapper that shows its cause's words does not say them twice.
+                if !text.ends_with(&why) {
+                    text.push_str(": ");
+                    text.push_str(&why);
+                }
                 cause = error.source();
             }
             Status::unavailable(text)

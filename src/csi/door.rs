@@ -212,8 +212,11 @@ pub(super) type CallFuture =
 
 /// One or more gRPC services.
 pub(super) trait Call: Clone + Send + Sync + 'static {
-    /// Answers, or gives the request back if it is for none of them.
-    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>>;
+    /// Whether a call with this path is for one of them.
+    fn knows(&self, path: &str) -> bool;
+
+    /// Answers a call that is.
+    fn call(&mut self, request: Request<Body>) -> CallFuture;
 }
 
 /// A single generated service.
@@ -230,26 +233,33 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>> {
-        let path = request.uri().path().strip_prefix('/');
-        let is_ours = path
+    fn knows(&self, path: &str) -> bool {
+        path.strip_prefix('/')
             .and_then(|path| path.strip_prefix(S::NAME))
-            .is_some_and(|method| method.starts_with('/'));
-        if !is_ours {
-            return Err(request);
-        }
+            .is_some_and(|method| method.starts_with('/'))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> CallFuture {
         // Generated services are always ready.
-        Ok(Box::pin(self.0.call(request)))
+        Box::pin(self.0.call(request))
     }
 }
 
-/// The first that knows the call.
+/// Two of them.
 #[derive(Clone)]
 pub(super) struct Either<A, B>(pub(super) A, pub(super) B);
 
 impl<A: Call, B: Call> Call for Either<A, B> {
-    fn call(&mut self, request: Request<Body>) -> Result<CallFuture, Request<Body>> {
-        self.0.call(request).or_else(|request| self.1.call(request))
+    fn knows(&self, path: &str) -> bool {
+        self.0.knows(path) || self.1.knows(path)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> CallFuture {
+        if self.0.knows(request.uri().path()) {
+            self.0.call(request)
+        } else {
+            self.1.call(request)
+        }
     }
 }
 
@@ -266,11 +276,12 @@ impl<S: Call> tower::Service<Request<Body>> for Routes<S> {
     }
 
     fn call(&mut self, request: Request<Body>) -> CallFuture {
-        self.0.call(request).unwrap_or_else(|request| {
-            let path = request.uri().path();
-            let status = tonic::Status::unimplemented(format!("there is no call {path} here"));
-            Box::pin(std::future::ready(Ok(status.into_http())))
-        })
+        let path = request.uri().path();
+        if self.0.knows(path) {
+            return self.0.call(request);
+        }
+        let status = tonic::Status::unimplemented(format!("there is no call {path} here"));
+        Box::pin(std::future::ready(Ok(status.into_http())))
     }
 }
 

@@ -172,10 +172,7 @@ impl<M: Mounter> Node for Driver<M> {
                 used: bytes(figures.used),
                 unit: Unit::Bytes.into(),
             };
-            let reply = NodeGetVolumeStatsResponse {
-                usage: vec![usage],
-                ..Default::default()
-            };
+            let reply = NodeGetVolumeStatsResponse { usage: vec![usage] };
             Ok((reply, Did::Nothing))
         })
         .await

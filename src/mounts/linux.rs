@@ -21,15 +21,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags,
-};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
     UnmountFlags,
 };
 
+use super::resolve::{failed, open, open_base, open_directory, open_how, refused, resolve};
 use super::sys::{self, Answer, Asking, MountStat};
 use super::{
     BindOptions, DetachedFuse, Device, Error, Found, FuseOptions, MountTable, Mounted, Mounter,
@@ -510,42 +509,6 @@ impl Linux {
     }
 }
 
-/// Opens what is at `place`, as a name only: nothing is asked of the filesystem there. A link at
-/// the very end is opened as such, openat2(2).
-fn open(place: &Place) -> Result<OwnedFd, Error> {
-    open_how(place, OFlags::PATH | OFlags::NOFOLLOW)
-}
-
-/// The same for a directory; a link at the end is a link on the way.
-fn open_directory(place: &Place) -> Result<OwnedFd, Error> {
-    open_how(place, OFlags::PATH | OFlags::DIRECTORY)
-}
-
-fn open_how(place: &Place, flags: OFlags) -> Result<OwnedFd, Error> {
-    let base = open_base(place)?;
-    resolve(base.as_fd(), place.relative(), flags)
-        .map_err(|error| refused(place, format!("opening {place}"), error))
-}
-
-fn open_base(place: &Place) -> Result<OwnedFd, Error> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat(CWD, place.base(), flags, Mode::empty())
-        .map_err(|error| refused(place, format!("opening {}", place.base().display()), error))
-}
-
-fn resolve(base: BorrowedFd<'_>, relative: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    // EAGAIN: somebody renamed or mounted meanwhile and the kernel could not be sure, openat2(2).
-    // That many times in a row it is not chance.
-    let mut attempts = 0;
-    loop {
-        match rustix::fs::openat2(base, relative, flags | OFlags::CLOEXEC, Mode::empty(), how) {
-            Err(Errno::AGAIN) if attempts < 128 => attempts += 1,
-            outcome => return outcome,
-        }
-    }
-}
-
 /// Shows the detached mount at, or beneath the mount at, the directory.
 fn place_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>, beneath: bool) -> Result<(), Errno> {
     let mut flags =
@@ -585,24 +548,6 @@ fn table(place: &Place) -> Result<MountTable, Error> {
         what: what(),
         source: io::Error::new(io::ErrorKind::InvalidData, error),
     })
-}
-
-/// What a failed resolution of `place` means.
-fn refused(place: &Place, what: String, error: Errno) -> Error {
-    match error {
-        Errno::NOENT => Error::NotFound {
-            place: place.clone(),
-        },
-        // RESOLVE_NO_SYMLINKS.
-        Errno::LOOP => Error::SymbolicLink {
-            place: place.clone(),
-        },
-        other => failed(what, other),
-    }
-}
-
-fn failed(what: String, error: impl Into<io::Error>) -> Error {
-    Error::answered(what, error.into())
 }
 
 /// Whether SELinux is enforcing here. Container runtimes then relabel a volume's directory before

@@ -5,6 +5,7 @@
 
 mod fake;
 mod linux;
+mod resolve;
 mod sys;
 mod table;
 

@@ -6,6 +6,7 @@
 //! call that is cancelled has done all of it or nothing.
 
 mod context;
+mod error;
 mod in_flight;
 mod plan;
 
@@ -26,6 +27,7 @@ use crate::runtimes::{Board, NotReady, RuntimeId};
 /// Whose hands change the mount table; named by this room's callers only as a parameter.
 pub use crate::mounts::Mounter;
 pub use context::{ContextError, Source};
+pub use error::{PublishError, StatsError, TargetError, UnpublishError};
 pub use in_flight::Claim;
 pub use plan::{Occupied, Plan, plan};
 
@@ -115,25 +117,6 @@ impl fmt::Display for Target {
     }
 }
 
-/// Why a path cannot be a target.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TargetError {
-    /// Not from the root.
-    #[error("{} is not an absolute path", .0.display())]
-    Relative(PathBuf),
-    /// It would go up.
-    #[error("{} contains '..'", .0.display())]
-    Upwards(PathBuf),
-    /// Not kubelet's.
-    #[error("{} is not beneath kubelet's directory {}", path.display(), kubelet_dir.display())]
-    Outside {
-        /// What was asked for.
-        path: PathBuf,
-        /// Where it would have to be.
-        kubelet_dir: PathBuf,
-    },
-}
-
 /// A volume to publish.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publish {
@@ -152,110 +135,6 @@ pub enum Published {
     Now,
     /// It was there already; nothing was touched.
     Before,
-}
-
-/// Why a volume was not published.
-#[derive(Debug, thiserror::Error)]
-pub enum PublishError {
-    /// Another operation runs.
-    #[error("an operation on {0} is already in flight")]
-    InFlight(Claim),
-    /// There is no such runtime.
-    #[error(transparent)]
-    UnknownRuntime(NotReady),
-    /// The runtime is not to be used yet.
-    #[error(transparent)]
-    NotReady(NotReady),
-    /// The runtime is ready, but has no directory.
-    #[error("the directory {source_dir} of a runtime that is ready is missing")]
-    NoSource {
-        /// The runtime's directory.
-        source_dir: Place,
-    },
-    /// The sub path is not there.
-    #[error("fluid_sub_path: {source_dir} does not exist")]
-    NoSubPath {
-        /// The directory asked for.
-        source_dir: Place,
-    },
-    /// The sub path is something that cannot be shown.
-    #[error(
-        "fluid_sub_path: {source_dir} is {found}, not a plain directory reached without symbolic links"
-    )]
-    BadSubPath {
-        /// The directory asked for.
-        source_dir: Place,
-        /// What it is.
-        found: &'static str,
-    },
-    /// The CO did not make the directory above the target.
-    #[error("the directory above target_path {0} does not exist: the caller makes it")]
-    NoParent(Target),
-    /// The target is reached through a link.
-    #[error("target_path {0} is reached through a symbolic link")]
-    LinkedTarget(Target),
-    /// Something else is at the target.
-    #[error("target_path {target} is taken by {found}")]
-    Occupied {
-        /// The target.
-        target: Target,
-        /// What is there.
-        found: Occupied,
-    },
-    /// The kernel refused.
-    #[error("publishing at {target}")]
-    Mount {
-        /// The target.
-        target: Target,
-        /// What the kernel said.
-        source: MountError,
-    },
-}
-
-/// Why a volume is not gone.
-#[derive(Debug, thiserror::Error)]
-pub enum UnpublishError {
-    /// Another operation runs.
-    #[error("an operation on {0} is already in flight")]
-    InFlight(Claim),
-    /// The target is reached through a link.
-    #[error("target_path {0} is reached through a symbolic link")]
-    LinkedTarget(Target),
-    /// The kernel refused.
-    #[error("unpublishing at {target}")]
-    Mount {
-        /// The target.
-        target: Target,
-        /// What the kernel said.
-        source: MountError,
-    },
-    /// The work itself broke down.
-    #[error("unpublishing at {0} was interrupted")]
-    Interrupted(Target),
-}
-
-/// Why there are no figures of a volume.
-#[derive(Debug, thiserror::Error)]
-pub enum StatsError {
-    /// No volume is published there.
-    #[error("no volume of this driver is published at volume_path {}", .0.display())]
-    NotPublished(PathBuf),
-    /// The shard does not tell.
-    #[error("runtime {id} tells no figures")]
-    Figures {
-        /// The runtime.
-        id: RuntimeId,
-        /// Why.
-        source: FiguresError,
-    },
-    /// The kernel refused.
-    #[error("looking at volume_path {}", path.display())]
-    Mount {
-        /// The path.
-        path: PathBuf,
-        /// What the kernel said.
-        source: MountError,
-    },
 }
 
 /// How full a shard is, in bytes.
@@ -457,7 +336,7 @@ impl<M: Mounter> Inner<M> {
     /// What is to be done now; none while the source does not exist.
     fn decide(&self, request: &Publish) -> Result<Option<Plan>, PublishError> {
         let place = &request.target.0;
-        let failed = |error| target_error(&request.target, error);
+        let failed = |error| PublishError::at(&request.target, error);
         let found = self.mounter.inspect(place).map_err(failed)?;
         if found == Found::Nothing {
             self.require_parent(request)?;
@@ -481,7 +360,7 @@ impl<M: Mounter> Inner<M> {
                 Err(PublishError::NoParent(request.target.clone()))
             }
             Ok(Found::Symlink(_)) => Err(PublishError::LinkedTarget(request.target.clone())),
-            Err(error) => Err(target_error(&request.target, error)),
+            Err(error) => Err(PublishError::at(&request.target, error)),
         }
     }
 
@@ -532,7 +411,7 @@ impl<M: Mounter> Inner<M> {
 
     fn bind(&self, request: &Publish, make: bool) -> Result<(), PublishError> {
         let target = &request.target.0;
-        let failed = |error| target_error(&request.target, error);
+        let failed = |error| PublishError::at(&request.target, error);
         let source = self.roots.source(&request.source).map_err(failed)?;
         let is_made = make
             && self
@@ -573,18 +452,5 @@ impl<M: Mounter> Inner<M> {
         };
         let mut ids = self.board.all().into_keys();
         ids.find(shows).ok_or_else(not_published)
-    }
-}
-
-/// An error met at the target, where a link is the caller's mistake.
-fn target_error(target: &Target, error: MountError) -> PublishError {
-    match error {
-        MountError::SymbolicLink { place } if place == target.0 => {
-            PublishError::LinkedTarget(target.clone())
-        }
-        source => PublishError::Mount {
-            target: target.clone(),
-            source,
-        },
     }
 }

@@ -109,9 +109,9 @@ mod tests {
             Some(entry) => Found::Mount(entry.mounted(true)),
             None => Found::Nothing,
         };
-        let refused = |plan| match plan {
+        let refused = |plan: Plan| match &plan {
             Plan::Refuse(occupied) => Err(occupied.to_string()),
-            other => Ok(other),
+            Plan::AlreadyPublished | Plan::MakeAndBind | Plan::Bind => Ok(plan),
         };
         let outcome = refused(plan(&found, true, &shown("/shard"), true));
         assert_eq!(outcome, expected.map_err(str::to_owned), "{line}");
