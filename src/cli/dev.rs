@@ -11,7 +11,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -85,17 +85,23 @@ async fn session(scratch: &Scratch, mut agent: Agent, is_private: bool) -> anyho
         up = tokio::time::timeout(PATIENCE, up) => match up {
             Ok(Ok(endpoint)) => endpoint,
             Ok(Err(error)) => {
-                agent.stop();
+                agent.stop(&mut death).await;
                 return Err(error);
             }
             Err(_) => {
-                agent.stop();
+                agent.stop(&mut death).await;
                 bail!("the agent was not up within {} s; --log info tells more", PATIENCE.as_secs());
             }
         },
         ended = agent.ended(&mut death) => bail!("the agent ended while starting: {ended}"),
-        _ = interrupt.recv() => { agent.stop(); return Ok(()) }
-        _ = terminate.recv() => { agent.stop(); return Ok(()) }
+        _ = interrupt.recv() => {
+            agent.stop(&mut death).await;
+            return Ok(());
+        }
+        _ = terminate.recv() => {
+            agent.stop(&mut death).await;
+            return Ok(());
+        }
     };
     let ended = tokio::select! {
         ended = agent.ended(&mut death) => Some(ended),
@@ -106,7 +112,7 @@ async fn session(scratch: &Scratch, mut agent: Agent, is_private: bool) -> anyho
         bail!("the agent ended: {ended}");
     }
     let unpublished = kubelet::unpublish(&endpoint, &volume).await;
-    agent.stop();
+    agent.stop(&mut death).await;
     unpublished
 }
 
@@ -351,17 +357,15 @@ impl Agent {
     }
 
     /// Ends the agent: SIGTERM, and SIGKILL if it does not keep its promise.
-    fn stop(&mut self) {
+    async fn stop(&mut self, death: &mut tokio::signal::unix::Signal) {
         let pid = Pid::from_raw(self.0.id().cast_signed());
         let _ = kill(pid, Signal::SIGTERM);
-        let deadline = Instant::now() + Self::GRACE;
-        while Instant::now() < deadline {
-            if !matches!(self.0.try_wait(), Ok(None)) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        if tokio::time::timeout(Self::GRACE, self.ended(death))
+            .await
+            .is_err()
+        {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
         }
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }

@@ -63,18 +63,23 @@ fn listeners(
             listener
         }
     };
-    let rpc = match options.rpc {
-        None => None,
-        Some(address) => {
-            let context = address.to_string().into_bytes();
-            Some(match kept(kept_rpc, &context) {
-                Some(fd) => TcpListener::from(fd),
-                None => {
-                    let listener = crate::shard::bind_rpc(address)?;
-                    channel.deposit(RPC, &context, &[listener.as_fd()])?;
-                    listener
-                }
-            })
+    let rpc_context = options.rpc.map(|address| address.to_string().into_bytes());
+    let had_rpc = kept_rpc.is_some();
+    let rpc = match (
+        kept(kept_rpc, &rpc_context.clone().unwrap_or_default()),
+        options.rpc,
+    ) {
+        (Some(fd), _) => Some(TcpListener::from(fd)),
+        (None, wanted) => {
+            // The old port is free before the new one is asked for: two shards may swap theirs.
+            if had_rpc {
+                channel.withdraw(RPC)?;
+            }
+            let listener = wanted.map(crate::shard::bind_rpc).transpose()?;
+            if let (Some(listener), Some(context)) = (&listener, &rpc_context) {
+                channel.deposit(RPC, context, &[listener.as_fd()])?;
+            }
+            listener
         }
     };
     Ok(Listeners { ipc, rpc })

@@ -4,7 +4,7 @@
 //! What fails for reasons outside (no rights, a read-only disk, no `/dev/fuse`) is said on the
 //! board and tried again with growing pauses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::Options;
 use super::local::{Local, Stage};
+use super::memory;
 use super::shards::Shards;
 use crate::mounts::Linux;
 use crate::readiness::Readiness;
@@ -42,11 +43,15 @@ pub(super) struct Keeper {
     exported: watch::Sender<Vec<RuntimeId>>,
     locals: BTreeMap<RuntimeId, Local>,
     present: Present,
+    /// What was complained about at the last reading: each is logged once.
+    complaints: BTreeSet<String>,
     /// Runtimes to start once what runs under their name has gone.
     next: BTreeMap<RuntimeId, RuntimeSpec>,
     /// Marks of an earlier node role that no runtime has claimed yet.
     marks: BTreeMap<String, Deposit>,
     probes: (mpsc::Sender<Probed>, mpsc::Receiver<Probed>),
+    /// Runtimes whose mark somebody unmounted.
+    ended: (mpsc::Sender<RuntimeId>, mpsc::Receiver<RuntimeId>),
 }
 
 impl Keeper {
@@ -56,10 +61,12 @@ impl Keeper {
         board: Board,
         shards: Arc<Shards>,
         channel: ChildChannel,
-        marks: BTreeMap<String, Deposit>,
+        mut marks: BTreeMap<String, Deposit>,
         reports: watch::Sender<Vec<ChildReport>>,
         exported: watch::Sender<Vec<RuntimeId>>,
     ) -> Self {
+        let present = marks.remove(memory::PRESENT).map(memory::recall);
+        let present = present.unwrap_or_default();
         Self {
             options,
             mounter,
@@ -68,8 +75,10 @@ impl Keeper {
             channel,
             reports,
             exported,
+            ended: mpsc::channel(64),
             locals: BTreeMap::new(),
-            present: Present::new(),
+            present,
+            complaints: BTreeSet::new(),
             next: BTreeMap::new(),
             marks,
             probes: mpsc::channel(64),
@@ -82,6 +91,9 @@ impl Keeper {
 
     /// Runs until the supervisor says stop, or is gone.
     pub(super) async fn run(&mut self, mut directory: RuntimesDir) -> anyhow::Result<()> {
+        for running in self.present.clone().into_values() {
+            self.start(running.spec);
+        }
         self.read(&directory);
         self.drop_unclaimed_marks();
         self.board.complete();
@@ -100,6 +112,7 @@ impl Keeper {
                     self.read(&directory);
                 }
                 Some(probed) = self.probes.1.recv() => self.probed(probed),
+                Some(id) = self.ended.1.recv() => self.mark_ended(&id),
                 () = until(retry) => self.retry(),
             }
         }
@@ -123,12 +136,18 @@ impl Keeper {
             }
         };
         let decision = reconcile(&wanted, &self.present);
-        self.present = decision.present;
+        if decision.present != self.present {
+            self.present = decision.present;
+            memory::keep(&self.present, &self.channel);
+        }
+        let mut complaints = BTreeSet::new();
         for step in decision.steps {
             match step {
                 Step::Complain(complaint) => {
-                    let runtime = complaint.runtime.as_ref().map(ToString::to_string);
-                    tracing::warn!(runtime, files = ?complaint.files, why = complaint.why, "runtime refused");
+                    if !self.complaints.contains(&complaint.why) {
+                        tracing::warn!(files = ?complaint.files, why = complaint.why, "runtime refused");
+                    }
+                    complaints.insert(complaint.why.clone());
                     if let Some(id) = complaint.runtime
                         && !self.present.contains_key(&id)
                     {
@@ -140,7 +159,11 @@ impl Keeper {
                 Step::Start(spec) => self.start(spec),
             }
         }
+        self.complaints = complaints;
         self.forget_complaints(&wanted);
+        let exported = self.present.values().filter(|running| running.spec.metrics);
+        let exported = exported.map(|running| running.spec.id.clone()).collect();
+        self.exported.send_replace(exported);
         self.want();
     }
 
@@ -177,7 +200,21 @@ impl Keeper {
             );
         }
         self.locals.insert(id.clone(), local);
+        self.watch_mark(&id);
         self.prepare(&id);
+    }
+
+    /// Hears of it when the mark is unmounted by somebody else.
+    fn watch_mark(&mut self, id: &RuntimeId) {
+        let Some(mark) = self.locals.get_mut(id).and_then(Local::unwatched_mark) else {
+            return;
+        };
+        let (id, ended) = (id.clone(), self.ended.0.clone());
+        tokio::spawn(async move {
+            let why = mark.ended().await;
+            tracing::debug!(runtime = %id, why, "mark ended");
+            let _ = ended.send(id).await;
+        });
     }
 
     fn change(&mut self, from: &RuntimeSpec, to: RuntimeSpec, what: Difference) {
@@ -293,15 +330,21 @@ impl Keeper {
             return;
         }
         match probed.answer {
-            Ok(()) => local.bring_up(
-                &self.mounter,
-                &self.board,
-                &self.shards,
-                &self.channel,
-                &self.options,
-            ),
+            Ok(()) => {
+                local.bring_up(
+                    &self.mounter,
+                    &self.board,
+                    &self.shards,
+                    &self.channel,
+                    &self.options,
+                );
+                self.watch_mark(&probed.id);
+            }
             Err(error) => local.fail(format!("{error:#}")),
         }
+        let Some(local) = self.locals.get(&probed.id) else {
+            return;
+        };
         let readiness = local.readiness();
         match &readiness {
             Readiness::Ready => tracing::info!(runtime = %probed.id, "runtime is ready"),
@@ -310,6 +353,18 @@ impl Keeper {
             }
         }
         self.board.set(&probed.id, readiness);
+    }
+
+    /// Somebody unmounted a mark that is still wanted: sets it again.
+    fn mark_ended(&mut self, id: &RuntimeId) {
+        let Some(local) = self.locals.get_mut(id) else {
+            return;
+        };
+        if local.lose_mark(&self.channel) {
+            tracing::warn!(runtime = %id, "the mark was unmounted; it is set again");
+            let reports = self.reports.borrow().clone();
+            self.look_at(&reports);
+        }
     }
 
     /// Cleans up after runtimes whose shard is gone, and starts what waited for that.

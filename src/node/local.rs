@@ -41,6 +41,14 @@ pub(super) enum Stage {
     Leaving,
 }
 
+/// A mark that is set.
+struct Marked {
+    mark: Mark,
+    files: Files,
+    /// Whether somebody waits for its end.
+    is_watched: bool,
+}
+
 /// A runtime of this node.
 pub(super) struct Local {
     spec: RuntimeSpec,
@@ -48,8 +56,7 @@ pub(super) struct Local {
     endpoint: String,
     pub(super) stage: Stage,
     readiness: Readiness,
-    /// The mark and the handle on its files.
-    mark: Option<(Mark, Files)>,
+    mark: Option<Marked>,
     /// Failures in a row.
     attempts: u32,
 }
@@ -239,21 +246,26 @@ impl Local {
         };
         discovery.publish(layout)?;
         show_directory(layout, mounter, options)?;
-        if let Some((_, files)) = &self.mark {
-            files.update(fixed(layout, &discovery), SystemTime::now());
+        if let Some(marked) = &self.mark {
+            marked
+                .files
+                .update(fixed(layout, &discovery), SystemTime::now());
             return Ok(());
         }
         let files = files(layout, &discovery, board, shards);
         let place = Place::beneath(&options.runtime_root, &layout.dummy_path())?;
         let (mark, custody) = Mark::establish(mounter, &place, files.clone())?;
-        channel
-            .deposit(
-                &self.deposit_name(),
-                &custody.context,
-                &[custody.device.as_fd()],
-            )
-            .context("leaving /dev/fuse in custody")?;
-        self.mark = Some((mark, files));
+        if custody.can_be_resumed() {
+            let device = custody.device.as_fd();
+            channel
+                .deposit(&self.deposit_name(), &custody.context, &[device])
+                .context("leaving /dev/fuse in custody")?;
+        }
+        self.mark = Some(Marked {
+            mark,
+            files,
+            is_watched: false,
+        });
         Ok(())
     }
 
@@ -276,7 +288,13 @@ impl Local {
         let device = deposit.fds.into_iter().next();
         let resumed = device.map(|device| Mark::resume(device, &deposit.context, files.clone()));
         match resumed {
-            Some(Ok(mark)) => self.mark = Some((mark, files)),
+            Some(Ok(mark)) => {
+                self.mark = Some(Marked {
+                    mark,
+                    files,
+                    is_watched: false,
+                });
+            }
             Some(Err(error)) => {
                 // A new mark will replace the dead one from beneath.
                 tracing::warn!(runtime = %self.spec.id, %error, "the mark cannot be taken over");
@@ -286,6 +304,26 @@ impl Local {
         }
     }
 
+    /// The mark, once, for somebody who waits for its end.
+    pub(super) fn unwatched_mark(&mut self) -> Option<Mark> {
+        let marked = self.mark.as_mut().filter(|marked| !marked.is_watched)?;
+        marked.is_watched = true;
+        Some(marked.mark.clone())
+    }
+
+    /// The mark was unmounted by somebody else; whether it is to be set again.
+    pub(super) fn lose_mark(&mut self, channel: &ChildChannel) -> bool {
+        if self.mark.take().is_none() {
+            return false;
+        }
+        // If custody keeps it, the next mark replaces it there.
+        let _ = channel.withdraw(&self.deposit_name());
+        if let Stage::Up(_) = self.stage {
+            self.stage = Stage::Launched;
+        }
+        true
+    }
+
     /// Takes the mark away, and what stands for it in custody.
     pub(super) fn withdraw_mark(
         &mut self,
@@ -293,10 +331,9 @@ impl Local {
         channel: &ChildChannel,
         options: &Options,
     ) {
+        let had_mark = self.mark.take().is_some();
         detach_marks(&self.spec.id, mounter, options);
-        if self.mark.take().is_some()
-            && let Err(error) = channel.withdraw(&self.deposit_name())
-        {
+        if had_mark && let Err(error) = channel.withdraw(&self.deposit_name()) {
             tracing::warn!(runtime = %self.spec.id, %error, "custody keeps a descriptor nobody needs");
         }
     }
@@ -307,6 +344,11 @@ impl Local {
         let Some(layout) = self.layout else { return };
         if let Err(error) = Discovery::withdraw(&layout) {
             tracing::warn!(runtime = %self.spec.id, %error, "discovery files stay");
+        }
+        if let Err(error) = std::fs::remove_file(layout.worker_socket())
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(runtime = %self.spec.id, %error, "the socket stays");
         }
         let arena = arena_dir(options, &layout);
         let removed = Place::beneath(&options.shm_dir, &arena)

@@ -9,6 +9,7 @@ mod doors;
 mod keeper;
 mod live;
 mod local;
+mod memory;
 mod metrics;
 mod routes;
 mod shards;
