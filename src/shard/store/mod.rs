@@ -30,6 +30,8 @@ mod object;
 mod objects;
 mod pattern;
 mod state;
+#[cfg(test)]
+mod tests;
 mod wait;
 
 use std::collections::{BTreeMap, HashMap};
@@ -37,6 +39,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -164,6 +167,8 @@ struct Shared {
     guarded: Mutex<Guarded>,
     /// Pages have been given back; for creations that found no room meanwhile.
     trimmed: Condvar,
+    /// Bytes of pages from which on those without a blob are given back.
+    enough: AtomicU64,
 }
 
 /// What the lock guards.
@@ -214,6 +219,22 @@ impl Shared {
         })
     }
 
+    /// Deleted blobs leave their pages for later ones, which is faster; but fragmentation places
+    /// some of those elsewhere, and so all pages together may come to exceed the limit by half.
+    /// Before that, pages without a blob are given back.
+    fn bound_pages(&self) {
+        let pages = || self.segment.resident().unwrap_or(0);
+        if self.config.reserve_memory || pages() <= self.enough.load(Ordering::Relaxed) {
+            return;
+        }
+        self.change(|state| ((), state.reclaim()));
+        // Where that does not help, as with many tiny blobs, it is not tried again at once.
+        let limit = self.config.memory_limit;
+        let again = pages().saturating_add(limit / 16);
+        self.enough
+            .store(enough(limit).max(again), Ordering::Relaxed);
+    }
+
     fn trim(&self, mut ranges: Vec<std::ops::Range<u64>>) {
         if !self.config.reserve_memory {
             // Neighbours together: pages that they share are given back as well.
@@ -250,6 +271,12 @@ impl Drop for Parked<'_> {
     }
 }
 
+/// Bytes of pages that a store of this limit may well have: what its blobs take, and what
+/// fragmentation and unused pages add.
+fn enough(limit: u64) -> u64 {
+    limit.saturating_add(limit / 8).saturating_add(1 << 20)
+}
+
 /// The clock, in milliseconds since the epoch.
 fn now() -> u64 {
     u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX)
@@ -265,7 +292,11 @@ impl Store {
     /// A store with nothing in it.
     pub fn open(config: Config) -> Result<Self, OpenError> {
         let limit = config.memory_limit;
-        let pool = Pool::new(limit).ok_or(OpenError::Size(limit))?;
+        let pool = match config.reserve_memory {
+            false => Pool::sparse(limit),
+            true => Pool::reserved(limit),
+        };
+        let pool = pool.ok_or(OpenError::Size(limit))?;
         let segment = Segment::create(config.arena_dir.as_deref(), pool.region())?;
         if config.reserve_memory {
             segment.reserve()?;
@@ -278,6 +309,7 @@ impl Store {
             parked: HashMap::new(),
         });
         let trimmed = Condvar::new();
+        let enough = AtomicU64::new(enough(limit));
         Ok(Self {
             shared: Arc::new(Shared {
                 config,
@@ -285,6 +317,7 @@ impl Store {
                 segment,
                 guarded,
                 trimmed,
+                enough,
             }),
         })
     }
@@ -618,7 +651,11 @@ impl Lease {
         let mut guarded = shared.lock();
         loop {
             match guarded.state.create_blobs(self.connection, sizes, now) {
-                Ok(created) => return Ok(created),
+                Ok(created) => {
+                    drop(guarded);
+                    shared.bound_pages();
+                    return Ok(created);
+                }
                 Err((err, false)) => return Err(err),
                 Err((_, true)) => {
                     let wait = shared.trimmed.wait(guarded);
