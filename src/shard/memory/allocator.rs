@@ -15,15 +15,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// Arrow and numpy assume that a blob begins at such a multiple; clients do not re-align.
-pub const ALIGNMENT: u64 = 64;
+pub(super) const ALIGNMENT: u64 = 64;
 
 /// From this length on, in bytes, a range is cut from the high end: a huge page of x86-64 and,
 /// with 4 KiB base pages, of arm64.
-pub const LARGE: u64 = 2 << 20;
+pub(super) const LARGE: u64 = 2 << 20;
 
 /// Hands out ranges of a region.
 #[derive(Debug)]
-pub struct Allocator {
+pub(super) struct Allocator {
     by_offset: BTreeMap<u64, u64>,
     by_length: BTreeSet<(u64, u64)>,
 }
@@ -35,7 +35,7 @@ fn rounded(size: u64) -> Option<u64> {
 
 impl Allocator {
     /// An allocator of the whole multiples of [`ALIGNMENT`] within `region`.
-    pub fn new(region: Range<u64>) -> Self {
+    pub(super) fn new(region: Range<u64>) -> Self {
         let mut new = Self {
             by_offset: BTreeMap::new(),
             by_length: BTreeSet::new(),
@@ -50,7 +50,7 @@ impl Allocator {
     }
 
     /// A range of at least `size` bytes that nobody else has: its offset.
-    pub fn allocate(&mut self, size: u64) -> Option<u64> {
+    pub(super) fn allocate(&mut self, size: u64) -> Option<u64> {
         let length = rounded(size)?;
         let &(free, offset) = self.by_length.range((length, 0)..).next()?;
         self.remove(offset, free);
@@ -67,35 +67,35 @@ impl Allocator {
         }
     }
 
-    /// Takes back what `allocate(size)` gave at `offset`.
-    pub fn free(&mut self, offset: u64, size: u64) {
-        if let Some(length) = rounded(size) {
-            self.give_back(offset, length);
-        }
-    }
-
     /// What `size` bytes at `offset` really take.
-    pub fn range(offset: u64, size: u64) -> Range<u64> {
+    pub(super) fn range(offset: u64, size: u64) -> Range<u64> {
         offset..offset.saturating_add(rounded(size).unwrap_or(0))
     }
 
     /// What can be given back when `size` bytes at `offset` shrink to `kept`; empty where both
     /// take the same.
-    pub fn tail(offset: u64, size: u64, kept: u64) -> Range<u64> {
+    pub(super) fn tail(offset: u64, size: u64, kept: u64) -> Range<u64> {
         let end = Self::range(offset, size).end;
         Self::range(offset, kept).end.min(end)..end
     }
 
-    /// Takes back a range that is aligned at both ends.
-    pub fn free_range(&mut self, range: Range<u64>) {
+    /// Takes back a range, or a part of one, that is aligned at both ends.
+    pub(super) fn free(&mut self, range: Range<u64>) {
         if range.start < range.end {
             self.give_back(range.start, range.end - range.start);
         }
     }
 
-    /// Bytes in free ranges.
-    pub fn free_bytes(&self) -> u64 {
-        self.by_offset.values().sum()
+    /// Takes all free ranges of at least `length` bytes.
+    pub(super) fn take_free(&mut self, length: u64) -> Vec<Range<u64>> {
+        let taken: Vec<(u64, u64)> = self.by_length.range((length, 0)..).copied().collect();
+        for &(length, offset) in &taken {
+            self.remove(offset, length);
+        }
+        taken
+            .into_iter()
+            .map(|(length, offset)| offset..offset + length)
+            .collect()
     }
 
     fn give_back(&mut self, mut offset: u64, mut length: u64) {
@@ -139,6 +139,10 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
+    fn free_bytes(allocator: &Allocator) -> u64 {
+        allocator.by_offset.values().sum()
+    }
+
     #[test]
     fn small_ranges_come_from_below_and_large_ones_from_above() {
         let mut allocator = Allocator::new(64..64 * MIB);
@@ -156,9 +160,9 @@ mod tests {
         let ranges: Vec<u64> = [256, 64, 128, 64, 512, 64]
             .map(|size| allocator.allocate(size).unwrap())
             .to_vec();
-        allocator.free(ranges[0], 256);
-        allocator.free(ranges[2], 128);
-        allocator.free(ranges[4], 512);
+        allocator.free(Allocator::range(ranges[0], 256));
+        allocator.free(Allocator::range(ranges[2], 128));
+        allocator.free(Allocator::range(ranges[4], 512));
         assert_eq!(allocator.allocate(100), Some(ranges[2]));
         assert_eq!(allocator.allocate(300), Some(ranges[4]));
     }
@@ -177,7 +181,7 @@ mod tests {
             let ranges = [64, 64, 128].map(|size| (allocator.allocate(size).unwrap(), size));
             assert_eq!(allocator.allocate(1), None);
             for index in order {
-                allocator.free(ranges[index].0, ranges[index].1);
+                allocator.free(Allocator::range(ranges[index].0, ranges[index].1));
             }
             assert_eq!(allocator.allocate(256), Some(0), "{order:?}");
         }
@@ -189,7 +193,7 @@ mod tests {
         for size in [4097, u64::MAX - 63, u64::MAX] {
             assert_eq!(allocator.allocate(size), None);
         }
-        assert_eq!(allocator.free_bytes(), 4096);
+        assert_eq!(free_bytes(&allocator), 4096);
     }
 
     #[test]
@@ -199,10 +203,25 @@ mod tests {
         assert_eq!(Allocator::tail(64, 128, 0), 128..192);
         let mut allocator = Allocator::new(0..4096);
         let offset = allocator.allocate(4096).unwrap();
-        allocator.free_range(Allocator::tail(offset, 4096, 100));
-        assert_eq!(allocator.free_bytes(), 4096 - 128);
-        allocator.free(offset, 100);
+        allocator.free(Allocator::tail(offset, 4096, 100));
+        assert_eq!(free_bytes(&allocator), 4096 - 128);
+        allocator.free(Allocator::range(offset, 100));
         assert_eq!(allocator.allocate(4096), Some(0));
+    }
+
+    #[test]
+    fn free_ranges_can_be_taken_and_come_back() {
+        let mut allocator = Allocator::new(0..4096);
+        let [first, _, third] = [64, 64, 640].map(|size| allocator.allocate(size).unwrap());
+        allocator.free(Allocator::range(first, 64));
+        allocator.free(Allocator::range(third, 640));
+        let taken = allocator.take_free(128);
+        assert_eq!((taken.len(), taken[0].clone()), (1, 128..4096));
+        assert_eq!(allocator.allocate(65), None);
+        for range in taken {
+            allocator.free(range);
+        }
+        assert_eq!(allocator.allocate(65), Some(128));
     }
 
     /// Sizes as stores see them: mostly small, a few that are a good part of the limit.
@@ -222,7 +241,7 @@ mod tests {
             steps in prop::collection::vec((any::<bool>(), 1..3_000_u64, any::<prop::sample::Index>()), 1..300),
         ) {
             let mut allocator = Allocator::new(64..65_536);
-            let all = allocator.free_bytes();
+            let all = free_bytes(&allocator);
             let mut taken: BTreeMap<u64, u64> = BTreeMap::new();
             for (take, size, which) in steps {
                 if take || taken.is_empty() {
@@ -238,15 +257,19 @@ mod tests {
                 } else {
                     let offset = *which.get(&taken.keys().copied().collect::<Vec<_>>());
                     let size = taken.remove(&offset).unwrap();
-                    allocator.free(offset, size);
+                    allocator.free(Allocator::range(offset, size));
                 }
             }
             for (offset, size) in taken {
-                allocator.free(offset, size);
+                allocator.free(Allocator::range(offset, size));
             }
-            prop_assert_eq!(allocator.free_bytes(), all);
+            prop_assert_eq!(free_bytes(&allocator), all);
             prop_assert_eq!(allocator.by_offset.len(), 1);
         }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
 
         /// The region has the slack that `Pool` gives it; the count is kept at 95 % of a limit.
         #[test]
@@ -255,14 +278,14 @@ mod tests {
         ) {
             let limit = 64 * MIB;
             let full = limit / 100 * 95;
-            let region = (limit + limit / 8 + MIB).next_multiple_of(LARGE);
+            let region = (limit + limit / 2 + MIB).next_multiple_of(LARGE);
             let mut allocator = Allocator::new(64..region);
             let mut taken = Vec::new();
             let mut used = 0;
             for (size, which) in steps {
                 while used + size > full {
                     let (offset, size) = taken.swap_remove(which.index(taken.len()));
-                    allocator.free(offset, size);
+                    allocator.free(Allocator::range(offset, size));
                     used -= size;
                 }
                 let offset = allocator.allocate(size);

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
@@ -127,6 +127,12 @@ impl Segment {
         self.size
     }
 
+    /// Bytes of the pages it has.
+    pub fn resident(&self) -> io::Result<u64> {
+        // st_blocks counts units of 512 bytes, whatever the block size: stat(3type).
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
     /// Fills `buffer` from `offset` on.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
@@ -170,7 +176,7 @@ fn create_private(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -205,10 +211,9 @@ mod tests {
     fn an_anonymous_arena_keeps_its_size_and_can_be_punched() {
         let segment = Segment::create(None, 1 << 20).unwrap();
         segment.write(0, &[7; 3 * 4096]).unwrap();
-        let blocks = |segment: &Segment| segment.file.metadata().unwrap().blocks();
-        let before = blocks(&segment);
+        let before = segment.resident().unwrap();
         segment.punch(1..2 * 4096 + 1).unwrap();
-        assert_eq!(before - blocks(&segment), 8, "one page of 512-byte blocks");
+        assert_eq!(before - segment.resident().unwrap(), 4096);
         let mut bytes = [0; 3 * 4096];
         segment.read(0, &mut bytes).unwrap();
         assert!(bytes[..4096].iter().chain(&bytes[8192..]).all(|&b| b == 7));
@@ -221,7 +226,7 @@ mod tests {
     fn a_reserved_arena_has_all_its_pages() {
         let segment = Segment::create(None, 1 << 20).unwrap();
         segment.reserve().unwrap();
-        assert_eq!(segment.file.metadata().unwrap().blocks() * 512, 1 << 20);
+        assert_eq!(segment.resident().unwrap(), 1 << 20);
     }
 
     #[test]

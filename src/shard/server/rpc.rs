@@ -33,11 +33,13 @@ pub(super) async fn accept(door: Option<&Door>) -> io::Result<RpcLink> {
         return pending().await;
     };
     let (stream, _) = listener.accept().await?;
-    stream.set_nodelay(true)?;
-    // So that a client whose host has vanished is noticed one day.
-    sockopt::set_socket_keepalive(&stream, true)?;
-    sockopt::set_tcp_quickack(&stream, true)?;
-    Ok(RpcLink(stream))
+    // What fails here fails because the client has gone again, which the first read tells.
+    // Keepalive: a client whose host has vanished is noticed one day.
+    drop(stream.set_nodelay(true));
+    let _ = sockopt::set_socket_keepalive(&stream, true);
+    let link = RpcLink(stream);
+    link.acknowledge();
+    Ok(link)
 }
 
 /// A connection on the TCP port.
@@ -47,8 +49,8 @@ impl RpcLink {
     /// Clients send a header and a body by two writes, without TCP_NODELAY: the body leaves when
     /// the header is acknowledged. A delayed acknowledgement costs 44 ms a request, and the kernel
     /// goes back to delaying whenever data flows, so this follows every read (tcp(7)).
-    fn acknowledge(&self) -> io::Result<()> {
-        Ok(sockopt::set_tcp_quickack(&self.0, true)?)
+    fn acknowledge(&self) {
+        let _ = sockopt::set_tcp_quickack(&self.0, true);
     }
 }
 
@@ -57,13 +59,13 @@ impl Link for RpcLink {
 
     async fn read(&mut self, into: &mut Vec<u8>) -> io::Result<usize> {
         let count = self.0.read_buf(into).await?;
-        self.acknowledge()?;
+        self.acknowledge();
         Ok(count)
     }
 
     async fn read_slice(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let count = self.0.read(into).await?;
-        self.acknowledge()?;
+        self.acknowledge();
         Ok(count)
     }
 

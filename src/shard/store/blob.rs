@@ -10,6 +10,9 @@ use super::lease::ConnectionId;
 use crate::shard::ids::ObjectId;
 use crate::shard::memory::{Full, Pool};
 
+/// Free ranges that are shorter, in bytes, keep their pages: a system call for each is not worth it.
+const RECLAIMED: u64 = 64 << 10;
+
 /// A blob that exists.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Blob {
@@ -178,6 +181,13 @@ impl Blobs {
                 .get(&offset)
                 .is_some_and(|doomed| size <= doomed.size),
         }
+    }
+
+    /// All free ranges that are worth trimming.
+    pub(super) fn reclaim(&mut self) -> Vec<Range<u64>> {
+        let taken = self.pool.take_free(RECLAIMED);
+        self.trimming += taken.len();
+        taken
     }
 
     /// A range that was to be trimmed has been.

@@ -90,7 +90,8 @@ fn shown(fields: &Map<String, Value>) -> String {
     }
     let mut text = String::from_utf8_lossy(&text).into_owned();
     if text.len() > SHOWN {
-        text.truncate(text.floor_char_boundary(SHOWN));
+        let end = (0..=SHOWN).rev().find(|&end| text.is_char_boundary(end));
+        text.truncate(end.unwrap_or(0));
         text.push('…');
     }
     text
@@ -200,16 +201,22 @@ impl Builder<'_> {
     }
 
     fn member(&mut self, fields: Map<String, Value>, level: u16) -> Result<Member, Error> {
-        let id = match fields.get("id") {
+        let text = match fields.get("id") {
             None => return Err(Error::MemberWithoutId(shown(&fields))),
-            Some(Value::String(text)) => text.parse().map_err(|_| Error::MemberId(text.clone()))?,
+            Some(Value::String(text)) => text.clone(),
             Some(other) => return Err(Error::MemberId(other.to_string())),
         };
-        if fields.len() == 1 {
+        let is_placeholder = fields.len() == 1;
+        let id: ObjectId = match text.parse() {
+            Ok(id) => id,
+            Err(_) if is_placeholder => return Err(Error::MemberUnknown(text)),
+            Err(_) => return Err(Error::MemberId(text)),
+        };
+        if is_placeholder {
             return match self.known(id) {
                 Some(member) => Ok(member),
-                None if ObjectId::is_blob(id) => Err(Error::BlobPlaceholder),
-                None => Err(Error::MemberUnknown(id)),
+                None if id.is_blob() => Err(Error::BlobPlaceholder),
+                None => Err(Error::MemberUnknown(text)),
             };
         }
         if id.is_blob() {
@@ -241,7 +248,7 @@ impl Builder<'_> {
         let signature = given_signature(&fields)?.ok_or(Error::MemberWithoutSignature(id))?;
         let record = self.build(id, fields, typename, signature, instance, level)?;
         self.draft.records.entry(id).or_insert(record);
-        self.known(id).ok_or(Error::MemberUnknown(id))
+        self.known(id).ok_or(Error::MemberUnknown(text))
     }
 
     fn known(&self, id: ObjectId) -> Option<Member> {

@@ -96,7 +96,7 @@ pub enum Error {
     /// MetaTreeNameNotExists: a member without an id. Shows its metadata.
     #[error("failed to diff meta tree: in metadata: {0}")]
     MemberWithoutId(String),
-    /// MetaTreeNameInvalid: a member's id is no id.
+    /// MetaTreeInvalid: a member's id is no id.
     #[error("failed to diff meta tree: the id of member '{0}' is not an object id")]
     MemberId(String),
     /// MetaTreeTypeNotExists: a member without a type. Shows its metadata.
@@ -104,7 +104,7 @@ pub enum Error {
     MemberWithoutType(String),
     /// MetaTreeSubtreeNotExists: a member that is only an id, which nobody knows.
     #[error("failed to diff meta tree: get subtree failed: {0}")]
-    MemberUnknown(ObjectId),
+    MemberUnknown(String),
     /// MetaTreeInvalid: a member that is only an id, and a blob's.
     #[error("failed to diff meta tree: The blobs cannot be added as a 'placeholder'.")]
     BlobPlaceholder,

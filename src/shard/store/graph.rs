@@ -35,10 +35,6 @@ impl Graph {
         }
     }
 
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
-    }
-
     pub(super) fn children(&self, id: ObjectId) -> impl Iterator<Item = ObjectId> {
         self.down
             .range((id, FIRST)..=(id, LAST))

@@ -127,7 +127,7 @@ mod tests {
     const BLOB: ObjectId = ObjectId(1 << 63 | 7);
 
     fn blobs() -> Blobs {
-        Blobs::new(Pool::new(1 << 20).unwrap())
+        Blobs::new(Pool::sparse(1 << 20).unwrap())
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! not given to others before that is done.
 //!
 //! ```text
+//! shared.rs    the lock; performs the effects that State asks for
 //! state.rs   ● every change, by calling the others; returns Effects
 //! blob.rs    ● created → sealed → deleted; where in the arena
 //! create.rs  ● a client's tree → records
@@ -29,7 +30,10 @@ mod name;
 mod object;
 mod objects;
 mod pattern;
+mod shared;
 mod state;
+#[cfg(test)]
+mod tests;
 mod wait;
 
 use std::collections::{BTreeMap, HashMap};
@@ -37,7 +41,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
@@ -45,7 +50,8 @@ use tokio::sync::oneshot;
 
 pub use self::error::Error;
 use self::lease::ConnectionId;
-use self::state::{Answer, Effects, State};
+use self::shared::{Guarded, Parked, Shared, enough};
+use self::state::{Answer, State};
 use self::wait::WaiterId;
 use crate::shard::ids::{InstanceId, ObjectId, SessionId, Signature};
 use crate::shard::memory::{self, Pool, Segment};
@@ -156,100 +162,6 @@ pub struct Store {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
-struct Shared {
-    config: Config,
-    instance: InstanceId,
-    segment: Segment,
-    guarded: Mutex<Guarded>,
-    /// Pages have been given back; for creations that found no room meanwhile.
-    trimmed: Condvar,
-}
-
-/// What the lock guards.
-#[derive(Debug)]
-struct Guarded {
-    state: State,
-    parked: HashMap<WaiterId, oneshot::Sender<Answer>>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Guarded> {
-        self.guarded.lock().unwrap_or_else(|_| {
-            // A change was left half-done. What is in shared memory is worth more than this
-            // process: the next one starts from a state that is whole.
-            tracing::error!("the store broke off in the middle of a change; giving up");
-            std::process::abort()
-        })
-    }
-
-    /// Changes the state, then does what that entails.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> (T, Effects)) -> T {
-        let mut guarded = self.lock();
-        let (value, effects) = change(&mut guarded.state);
-        let answers: Vec<_> = effects
-            .wake
-            .into_iter()
-            .filter_map(|(waiter, answer)| Some((guarded.parked.remove(&waiter)?, answer)))
-            .collect();
-        drop(guarded);
-        for (sender, answer) in answers {
-            // An error means that nobody waits any longer.
-            _ = sender.send(answer);
-        }
-        if !effects.trim.is_empty() {
-            self.trim(effects.trim);
-        }
-        value
-    }
-
-    /// As [`Self::change`], for changes that may be refused.
-    fn try_change<T, E>(
-        &self,
-        change: impl FnOnce(&mut State) -> Result<(T, Effects), E>,
-    ) -> Result<T, E> {
-        self.change(|state| match change(state) {
-            Ok((value, effects)) => (Ok(value), effects),
-            Err(err) => (Err(err), Effects::default()),
-        })
-    }
-
-    fn trim(&self, mut ranges: Vec<std::ops::Range<u64>>) {
-        if !self.config.reserve_memory {
-            // Neighbours together: pages that they share are given back as well.
-            ranges.sort_by_key(|range| range.start);
-            let mut merged: Vec<std::ops::Range<u64>> = Vec::with_capacity(ranges.len());
-            for range in &ranges {
-                match merged.last_mut() {
-                    Some(last) if last.end == range.start => last.end = range.end,
-                    Some(_) | None => merged.push(range.clone()),
-                }
-            }
-            for range in merged {
-                if let Err(err) = self.segment.punch(range.clone()) {
-                    tracing::warn!(?range, %err, "pages are not given back");
-                }
-            }
-        }
-        self.lock().state.trimmed(ranges);
-        self.trimmed.notify_all();
-    }
-}
-
-/// A parked request; it ends with the future that owns this.
-struct Parked<'a> {
-    shared: &'a Shared,
-    waiter: WaiterId,
-}
-
-impl Drop for Parked<'_> {
-    fn drop(&mut self) {
-        let mut guarded = self.shared.lock();
-        guarded.parked.remove(&self.waiter);
-        guarded.state.cancel(self.waiter);
-    }
-}
-
 /// The clock, in milliseconds since the epoch.
 fn now() -> u64 {
     u64::try_from(since_epoch().as_millis()).unwrap_or(u64::MAX)
@@ -265,7 +177,11 @@ impl Store {
     /// A store with nothing in it.
     pub fn open(config: Config) -> Result<Self, OpenError> {
         let limit = config.memory_limit;
-        let pool = Pool::new(limit).ok_or(OpenError::Size(limit))?;
+        let pool = match config.reserve_memory {
+            false => Pool::sparse(limit),
+            true => Pool::reserved(limit),
+        };
+        let pool = pool.ok_or(OpenError::Size(limit))?;
         let segment = Segment::create(config.arena_dir.as_deref(), pool.region())?;
         if config.reserve_memory {
             segment.reserve()?;
@@ -278,6 +194,7 @@ impl Store {
             parked: HashMap::new(),
         });
         let trimmed = Condvar::new();
+        let enough = AtomicU64::new(enough(limit));
         Ok(Self {
             shared: Arc::new(Shared {
                 config,
@@ -285,6 +202,7 @@ impl Store {
                 segment,
                 guarded,
                 trimmed,
+                enough,
             }),
         })
     }
@@ -618,7 +536,11 @@ impl Lease {
         let mut guarded = shared.lock();
         loop {
             match guarded.state.create_blobs(self.connection, sizes, now) {
-                Ok(created) => return Ok(created),
+                Ok(created) => {
+                    drop(guarded);
+                    shared.bound_pages();
+                    return Ok(created);
+                }
                 Err((err, false)) => return Err(err),
                 Err((_, true)) => {
                     let wait = shared.trimmed.wait(guarded);

@@ -105,7 +105,7 @@ impl Objects {
         let mut tree = record.fields();
         for value in tree.values_mut() {
             let plain = match decode(value) {
-                Field::Plain(_) => continue,
+                Field::Plain => continue,
                 Field::Text(_) => None,
                 Field::Member(link) => Some(self.member(&link, levels, budget)?),
                 Field::Garbage => Some(Value::Null),
@@ -237,7 +237,7 @@ impl Objects {
         let mut fields = record.fields();
         let mut all: Map<String, Value> = match fields.get("__labels").map(decode) {
             Some(Field::Text(text)) => serde_json::from_str(text).unwrap_or_default(),
-            Some(Field::Plain(_) | Field::Member(_) | Field::Garbage) | None => Map::new(),
+            Some(Field::Plain | Field::Member(_) | Field::Garbage) | None => Map::new(),
         };
         all.extend(labels.into_iter().map(|(key, value)| (key, value.into())));
         fields.insert("__labels".into(), encode_text(&object::to_text(&all)));

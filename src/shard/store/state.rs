@@ -242,6 +242,15 @@ impl State {
         true
     }
 
+    /// Gives all pages back that no blob has.
+    pub(super) fn reclaim(&mut self) -> Effects {
+        let trim = self.blobs.reclaim();
+        Effects {
+            trim,
+            ..Effects::default()
+        }
+    }
+
     /// Pages have been given back: others may have their place.
     pub(super) fn trimmed(&mut self, ranges: Vec<Range<u64>>) {
         for range in ranges {
@@ -375,15 +384,12 @@ impl State {
             trim,
             fastpath,
         } = options;
-        let is_stored = |id: &ObjectId| ![ObjectId::EMPTY_BLOB, ObjectId::INVALID].contains(id);
         if fastpath && !ids.iter().all(|id| id.is_blob()) {
             return Err(Error::FastpathObject);
         }
-        let ids: Vec<ObjectId> = ids.iter().copied().filter(is_stored).collect();
-        let mut set = if fastpath {
-            ids
-        } else {
-            self.objects.delete_set(&ids, force, deep)
+        let mut set = match fastpath {
+            true => ids.to_vec(),
+            false => self.objects.delete_set(ids, force, deep),
         };
         self.objects.remove(&set);
         set.retain(|id| id.is_blob());
