@@ -416,7 +416,7 @@ fn make_directories(layout: &Layout, mounter: &Linux, options: &Options) -> anyh
 
 /// Bytes of the file that a shard with so much memory makes.
 fn arena_bytes(memory: u64) -> u64 {
-    Pool::new(memory).map_or(memory, |pool| pool.region())
+    Pool::sparse(memory).map_or(memory, |pool| pool.region())
 }
 
 /// A tmpfs for the arena alone, so that its size is capped and its pages are huge.
