@@ -383,8 +383,9 @@ class Node:
 
     def leftovers(self):
         """What of the agent is still there: mounts, bound sockets, processes."""
-        # The memory that objects live in outlives the agent on purpose: a tmpfs of its own.
-        found = [f"mount {m}" for m in mounts(self.root) if m.point != str(self.shm)]
+        # The memory that objects live in outlives the agent on purpose: one tmpfs per runtime.
+        memory = {m.id for m in mounts(self.shm) if m.fstype == "tmpfs"}
+        found = [f"mount {m}" for m in mounts(self.root) if m.id not in memory]
         found += [f"socket {path}" for path in bound_sockets(self.root)]
         found += [
             f"process {pid} {' '.join(words)}" for pid, (_, state, words) in processes().items()

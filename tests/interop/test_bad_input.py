@@ -71,7 +71,7 @@ def block(request, node):
 
 
 def fs_type(request, node):
-    request.volume_capability.mount.fs_type = "ext4"
+    request.volume_capability.mount.fs_type = "nfs"
 
 
 def mount_flag(request, node):
@@ -99,7 +99,7 @@ PUBLISHES = {
     "no access type": (no_access_type, "INVALID_ARGUMENT", ["volume_capability"]),
     "block volume": (block, "INVALID_ARGUMENT", ["block"]),
     "unknown access mode": (unknown_mode, "INVALID_ARGUMENT", ["access_mode"]),
-    "file system type": (fs_type, "INVALID_ARGUMENT", ["fs_type", "ext4"]),
+    "file system type": (fs_type, "INVALID_ARGUMENT", ["fs_type", "nfs"]),
     "mount flag": (mount_flag, "INVALID_ARGUMENT", ["mount_flags", "noatime"]),
     "no context at all": (only_context(), "INVALID_ARGUMENT", ["volume_context"]),
     "runtime name without namespace of a PV": (
@@ -468,8 +468,9 @@ def test_a_taken_rpc_port_is_named_and_the_others_are_served(node):
 
 def test_a_missing_fuse_device_is_named(node):
     node.add_runtime()
-    hidden = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs none /dev && exec "$@"', "-"]
-    # The stand-in for a container without the device: everything else of /dev is missed by nobody.
+    hidden = ["unshare", "--mount", "bash", "-c",
+              'mount -t tmpfs none /mnt && mknod /mnt/null c 1 3 && mount --move /mnt /dev && exec "$@"', "-"]
+    # A container without the device.
     with node.log.open("ab") as log:
         node.agent = subprocess.Popen([*hidden, VINELET, "agent", *node.arguments()],
                                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -516,7 +517,8 @@ COMMANDS = {
     "shard with a port that is none": (["shard", "--rpc_socket_port=lots"], "lots"),
     "shard with an unknown flag": (["shard", "--colour=blue"], "colour"),
     "dev with a bad size": (["dev", "--size=lots"], "lots"),
-    "csi without a socket": (["csi", "info"], "--socket"),
+    "csi without a call": (["csi"], "Usage"),
+    "csi without a target": (["csi", "publish", "--volume-id=v"], "--target"),
 }
 
 
