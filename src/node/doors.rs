@@ -8,7 +8,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::Context;
+use tokio::sync::watch;
 
+use crate::csi::Registered;
 use crate::sockets;
 use crate::supervisor::{ChildChannel, Deposit};
 
@@ -40,6 +42,10 @@ impl Doors {
         let listener = match kept.and_then(first_fd) {
             Some(fd) => UnixListener::from(fd),
             None => {
+                if let Some(parent) = path.parent() {
+                    std::fs::create_dir_all(parent)
+                        .with_context(|| format!("making {}", parent.display()))?;
+                }
                 let listener = sockets::listen_unix(path, 0o600)?;
                 let identity = file_identity(path).unwrap_or_default();
                 self.channel
@@ -91,10 +97,46 @@ impl Doors {
         }
     }
 
+    /// Whether an earlier node role left a note of this name.
+    pub(super) fn recall(&mut self, name: &str) -> bool {
+        self.deposits.remove(name).is_some()
+    }
+
+    /// Keeps a note in custody while kubelet knows the driver.
+    pub(super) fn remembering(
+        &self,
+        name: &'static str,
+        mut state: watch::Receiver<Registered>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let channel = self.channel.clone();
+        async move {
+            loop {
+                let is_registered = *state.borrow_and_update() == Registered::Yes;
+                let noted = match is_registered {
+                    true => note(&channel, name),
+                    false => channel.withdraw(name).map_err(anyhow::Error::from),
+                };
+                if let Err(error) = noted {
+                    tracing::warn!(%error, name, "a note is not in custody");
+                }
+                if state.changed().await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
     /// What nobody has asked for yet.
     pub(super) fn rest(self) -> BTreeMap<String, Deposit> {
         self.deposits
     }
+}
+
+/// Custody keeps descriptors; a note has one that says nothing.
+fn note(channel: &ChildChannel, name: &str) -> anyhow::Result<()> {
+    let nothing = std::fs::File::open("/dev/null")?;
+    channel.deposit(name, &[], &[nothing.as_fd()])?;
+    Ok(())
 }
 
 fn first_fd(deposit: Deposit) -> Option<std::os::fd::OwnedFd> {

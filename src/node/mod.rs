@@ -34,6 +34,9 @@ use keeper::Keeper;
 use routes::Routes;
 use shards::Shards;
 
+/// In custody while kubelet knows the driver.
+const REGISTERED: &str = "registered";
+
 /// Flags of the node role, understood.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -136,8 +139,10 @@ async fn node(options: Arc<Options>, inherited: Inherited) -> anyhow::Result<()>
                 },
                 doors.inherited_unix("registration"),
             )
+            .was_registered(doors.recall(REGISTERED))
             .on_new_listener(doors.keeping("registration"));
             let state = registration.state();
+            tokio::spawn(doors.remembering(REGISTERED, state.clone()));
             let run = registration.run(told(stopping.clone()));
             tasks.spawn(async {
                 run.await;
