@@ -523,7 +523,7 @@ fn place_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>, beneath: bool) -> 
 fn resize(fd: BorrowedFd<'_>, size: u64) -> Result<(), Errno> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let context = rustix::mount::fspick(fd, c"", flags)?;
-    rustix::mount::fsconfig_set_string(context.as_fd(), "size", &size.to_string())?;
+    rustix::mount::fsconfig_set_string(context.as_fd(), "size", size.to_string())?;
     rustix::mount::fsconfig_reconfigure(context.as_fd())
 }
 

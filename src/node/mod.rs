@@ -31,6 +31,7 @@ use crate::volumes::{Roots, ShardFigures, Volumes};
 use crate::{csi, http};
 use doors::Doors;
 use keeper::Keeper;
+use local::Means;
 use routes::Routes;
 use shards::Shards;
 
@@ -172,16 +173,14 @@ async fn node(options: Arc<Options>, inherited: Inherited) -> anyhow::Result<()>
 
     let directory = RuntimesDir::open(&options.runtimes_dir)
         .with_context(|| format!("watching {}", options.runtimes_dir.display()))?;
-    let mut keeper = Keeper::new(
+    let means = Means {
         options,
         mounter,
         board,
         shards,
         channel,
-        doors.rest(),
-        reports,
-        exported,
-    );
+    };
+    let mut keeper = Keeper::new(means, doors.rest(), reports, exported);
     let outcome = tokio::select! {
         outcome = keeper.run(directory) => outcome,
         Some(ended) = tasks.join_next() => match ended {
