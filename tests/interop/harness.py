@@ -398,8 +398,9 @@ class Node:
         if self.agent is not None and self.agent.poll() is None:
             with contextlib.suppress(Exception):
                 self.kill_tree()
-        for mount in reversed(mounts(self.root)):
-            subprocess.run(["umount", "-l", mount.point], stderr=subprocess.DEVNULL, timeout=20)
+        points = [mount.point for mount in reversed(mounts(self.root))]
+        for start in range(0, len(points), 500):
+            subprocess.run(["umount", "-l", *points[start:start + 500]], stderr=subprocess.DEVNULL, timeout=60)
         shutil.rmtree(self.root, ignore_errors=True)
 
 
