@@ -234,7 +234,8 @@ impl Keeper {
             return;
         };
         local.prepare(&self.means);
-        self.means.board.set(id, local.readiness());
+        let readiness = local.readiness();
+        self.means.show(id, readiness);
     }
 
     fn retry(&mut self) {
@@ -281,13 +282,11 @@ impl Keeper {
             };
             let was = local.readiness();
             let Some(pid) = local.hear(child) else {
-                if local.readiness() != was {
-                    tracing::info!(runtime = %id, readiness = %local.readiness(), "runtime");
-                    self.means.board.set(id, local.readiness());
-                    if let Readiness::Failing(_) = local.readiness() {
-                        local.withdraw_mark(&self.means);
-                    }
+                let now = local.readiness();
+                if now != was && matches!(now, Readiness::Failing(_)) {
+                    local.withdraw_mark(&self.means);
                 }
+                self.means.show(id, now);
                 continue;
             };
             let (id, shards, found) = (
@@ -322,13 +321,7 @@ impl Keeper {
             return;
         };
         let readiness = local.readiness();
-        match &readiness {
-            Readiness::Ready => tracing::info!(runtime = %probed.id, "runtime is ready"),
-            Readiness::Starting(_) | Readiness::Failing(_) | Readiness::Draining => {
-                tracing::error!(runtime = %probed.id, %readiness, "runtime");
-            }
-        }
-        self.means.board.set(&probed.id, readiness);
+        self.means.show(&probed.id, readiness);
     }
 
     /// Somebody unmounted a mark that is still wanted: sets it again.

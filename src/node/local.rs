@@ -50,6 +50,21 @@ pub(super) struct Means {
     pub(super) channel: ChildChannel,
 }
 
+impl Means {
+    /// Puts up how a runtime fares; a change is a line in the log.
+    pub(super) fn show(&self, id: &RuntimeId, readiness: Readiness) {
+        if self.board.get(id).as_ref() != Some(&readiness) {
+            match &readiness {
+                Readiness::Failing(why) => tracing::error!(runtime = %id, why, "runtime fails"),
+                Readiness::Ready => tracing::info!(runtime = %id, "runtime is ready"),
+                Readiness::Starting(why) => tracing::debug!(runtime = %id, why, "runtime starts"),
+                Readiness::Draining => tracing::debug!(runtime = %id, "runtime drains"),
+            }
+        }
+        self.board.set(id, readiness);
+    }
+}
+
 /// A mark that is set.
 struct Marked {
     mark: Mark,
