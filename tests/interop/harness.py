@@ -223,7 +223,16 @@ class Runtime:
         return [m for m in mounts_at(self.mark) if m.fstype == MARK_TYPE]
 
     def is_ready(self):
-        return bool(self.marks()) and answers(self.socket)
+        return bool(self.marks()) and is_served(self.mark) and answers(self.socket)
+
+
+def is_served(mount):
+    """Whether somebody serves what is mounted there: a dead FUSE mount answers ENOTCONN."""
+    try:
+        os.stat(mount)
+    except OSError:
+        return False
+    return True
 
 
 def runtime_yaml(namespace, name, quota="64Mi", port=None, extra=""):
