@@ -168,6 +168,8 @@ impl Scratch {
             is_fresh,
             rpc_port,
         };
+        // Whoever waits for it shall not read what an earlier one wrote.
+        let _ = fs::remove_file(scratch.dir.join("dev.json"));
         for made in [
             scratch.runtimes_dir(),
             scratch.registry(),

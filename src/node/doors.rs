@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::Context;
 use tokio::sync::watch;
 
+use super::keeper::pause;
 use crate::csi::Registered;
 use crate::sockets;
 use crate::supervisor::{ChildChannel, Deposit};
@@ -57,28 +58,18 @@ impl Doors {
         into_tokio(listener, tokio::net::UnixListener::from_std)
     }
 
-    /// The socket at `address`: the one in custody, or a new one.
-    pub(super) fn tcp(
-        &mut self,
-        name: &str,
-        address: SocketAddr,
-    ) -> anyhow::Result<tokio::net::TcpListener> {
+    /// The socket at `address`: the one in custody, or a new one, as soon as it can be had.
+    pub(super) fn tcp(&mut self, name: &'static str, address: SocketAddr) -> TcpDoor {
         let kept = self
             .deposits
             .remove(name)
             .filter(|deposit| deposit.context == address.to_string().as_bytes());
-        let listener = match kept.and_then(first_fd) {
-            Some(fd) => TcpListener::from(fd),
-            None => {
-                let listener = sockets::listen_tcp(address)?;
-                let context = address.to_string().into_bytes();
-                self.channel
-                    .deposit(name, &context, &[listener.as_fd()])
-                    .with_context(|| format!("leaving {address} in custody"))?;
-                listener
-            }
-        };
-        into_tokio(listener, tokio::net::TcpListener::from_std)
+        TcpDoor {
+            name,
+            address,
+            kept: kept.and_then(first_fd).map(TcpListener::from),
+            channel: self.channel.clone(),
+        }
     }
 
     /// A listener from custody, whatever its state.
@@ -129,6 +120,47 @@ impl Doors {
     /// What nobody has asked for yet.
     pub(super) fn rest(self) -> BTreeMap<String, Deposit> {
         self.deposits
+    }
+}
+
+/// A TCP socket that others may still hold: what only watches this node must not keep it from
+/// serving.
+pub(super) struct TcpDoor {
+    name: &'static str,
+    address: SocketAddr,
+    kept: Option<TcpListener>,
+    channel: ChildChannel,
+}
+
+impl TcpDoor {
+    /// Returns once the socket is there, trying with growing pauses.
+    pub(super) async fn open(mut self) -> tokio::net::TcpListener {
+        let mut attempt = 0;
+        loop {
+            let opened = match self.kept.take() {
+                Some(listener) => Ok(listener),
+                None => self.make(),
+            };
+            let opened = opened.and_then(|l| into_tokio(l, tokio::net::TcpListener::from_std));
+            match opened {
+                Ok(listener) => return listener,
+                Err(error) => {
+                    let (name, address) = (self.name, self.address);
+                    tracing::error!(name, %address, error = format!("{error:#}"), "door closed");
+                }
+            }
+            tokio::time::sleep(pause(attempt)).await;
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    fn make(&self) -> anyhow::Result<TcpListener> {
+        let listener = sockets::listen_tcp(self.address)?;
+        let context = self.address.to_string().into_bytes();
+        self.channel
+            .deposit(self.name, &context, &[listener.as_fd()])
+            .with_context(|| format!("leaving {} in custody", self.address))?;
+        Ok(listener)
     }
 }
 

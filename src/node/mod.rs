@@ -163,10 +163,16 @@ async fn node(options: Arc<Options>, inherited: Inherited) -> anyhow::Result<()>
             exported: exported.subscribe(),
             shards: Arc::clone(&shards),
         };
-        let listener = doors.tcp("http", address)?;
-        let serve = http::serve(listener, routes, told(stopping.clone()));
+        let door = doors.tcp("http", address);
+        let stopped = told(stopping.clone());
         tasks.spawn(async {
-            serve.await;
+            tokio::select! {
+                () = async {
+                    let listener = door.open().await;
+                    http::serve(listener, routes, std::future::pending()).await;
+                } => {}
+                () = stopped => {}
+            }
             Ok("the HTTP server")
         });
     }
