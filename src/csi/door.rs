@@ -78,11 +78,14 @@ impl Acceptor {
         (acceptor, incoming)
     }
 
-    /// Accepts until the server is gone. May be dropped at any time: a connection that is not
-    /// handed over then is closed.
+    /// Accepts until the server is gone. May be dropped at any time: nothing accepted is lost,
+    /// because there is a place for it before it is.
     pub(super) async fn accept(&self, listener: &UnixListener) {
         loop {
             let Ok(permit) = self.free.clone().acquire_owned().await else {
+                return;
+            };
+            let Ok(place) = self.accepted.reserve().await else {
                 return;
             };
             match listener.accept().await {
@@ -96,9 +99,7 @@ impl Acceptor {
                         }),
                         _permit: permit,
                     };
-                    if self.accepted.send(Ok(connection)).await.is_err() {
-                        return;
-                    }
+                    place.send(Ok(connection));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection");
