@@ -10,6 +10,7 @@ mod hostile;
 mod mapping;
 mod replay;
 mod server;
+mod streams;
 mod waiting;
 
 use replay::{Conversation, Difference, replay};
@@ -194,56 +195,15 @@ fn the_raw_protocol_is_that_of_vineyardd() {
                 ours: r#"{"code":6,"message":"migration is not supported"}"#,
                 why: "migration comes later",
             },
-            Difference {
-                request: "_stream_request",
-                ours: r#"{"code":6,"message":"streams are not supported"}"#,
-                why: "streams come later",
-            },
         ],
         ..Conversation::default()
     };
-    check(&conversation, 49);
+    check(&conversation, 53);
 }
 
 #[test]
-fn streams_are_refused_and_all_around_them_is_as_with_vineyardd() {
-    let conversation = Conversation {
-        name: "streams",
-        differences: &[
-            Difference {
-                request: "_stream_request",
-                ours: r#"{"code":6,"message":"streams are not supported"}"#,
-                why: "streams come later",
-            },
-            Difference {
-                request: "_stream_chunk_request",
-                ours: r#"{"code":6,"message":"streams are not supported"}"#,
-                why: "streams come later",
-            },
-            Difference {
-                request: r#"{"id":[16753566671871934734]"#,
-                ours: r#"{"content":null,"type":"get_data_reply"}"#,
-                why: "it is a chunk of a stream",
-            },
-            Difference {
-                request: r#"{"0":16753566671871934734"#,
-                ours: r#"{"compress":false,"fds":[],"num":0"#,
-                why: "it is a chunk of a stream",
-            },
-            Difference {
-                request: r#"{"id":[16753566671871934735]"#,
-                ours: r#"{"content":null,"type":"get_data_reply"}"#,
-                why: "it is a chunk of a stream",
-            },
-            Difference {
-                request: r#"{"0":16753566671871934735"#,
-                ours: r#"{"compress":false,"fds":[],"num":0"#,
-                why: "it is a chunk of a stream",
-            },
-        ],
-        ..Conversation::default()
-    };
-    check(&conversation, 47);
+fn streams_are_written_and_read_as_with_vineyardd() {
+    same("streams", 90);
 }
 
 #[test]

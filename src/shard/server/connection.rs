@@ -94,20 +94,18 @@ impl<L: Link> Connection<L> {
             };
             match step {
                 Step::Reply(reply) => self.answer(&reply).await?,
-                Step::ReplyWithArena(reply) => {
-                    self.answer(&reply).await?;
-                    let store = self.client.store().clone();
-                    self.link.send_descriptor(store.arena()).await?;
-                }
+                Step::ReplyWithArena(reply) => self.answer_with_arena(&reply).await?,
                 Step::Wait(wait) => {
-                    let store = self.client.store().clone();
-                    let reply = tokio::select! {
+                    let waited = tokio::select! {
                         biased;
-                        reply = wait.over(&store) => reply,
+                        waited = wait.over(&self.client) => waited,
                         gone = hung_up(&mut self.link, &mut self.decoder) => return Ok(gone?),
                         () = drained(&mut self.draining) => return Ok(()),
                     };
-                    self.answer(&reply).await?;
+                    match self.client.resume(waited) {
+                        (reply, true) => self.answer_with_arena(&reply).await?,
+                        (reply, false) => self.answer(&reply).await?,
+                    }
                 }
                 Step::Upload { go_ahead, blobs } => self.upload(go_ahead, &blobs).await?,
                 Step::Download { reply, blobs } => self.download(&reply, &blobs).await?,
@@ -134,6 +132,12 @@ impl<L: Link> Connection<L> {
         self.link.write(&self.out).await?;
         frame::reuse(&mut self.out);
         Ok(())
+    }
+
+    async fn answer_with_arena(&mut self, reply: &Reply) -> io::Result<()> {
+        self.answer(reply).await?;
+        let store = self.client.store().clone();
+        self.link.send_descriptor(store.arena()).await
     }
 
     /// Takes the bytes of `blobs`, one after another and without frames. If they cannot be stored
