@@ -41,8 +41,34 @@ pub(super) enum Step {
         reply: Reply,
         blobs: Vec<store::Payload>,
     },
+    /// As `Upload`, of compressed bytes.
+    UploadPacked {
+        go_ahead: Reply,
+        blobs: Vec<store::Payload>,
+    },
+    /// As `Download`, with the bytes compressed.
+    DownloadPacked {
+        reply: Reply,
+        blobs: Vec<store::Payload>,
+    },
     /// Close without an answer.
     Close,
+}
+
+impl Step {
+    fn upload(go_ahead: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::UploadPacked { go_ahead, blobs },
+            false => Self::Upload { go_ahead, blobs },
+        }
+    }
+
+    fn download(reply: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::DownloadPacked { reply, blobs },
+            false => Self::Download { reply, blobs },
+        }
+    }
 }
 
 /// What a deferred request waits for.
@@ -262,29 +288,26 @@ impl Client {
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blob = self.lease.create_blob(size)?;
                 let go_ahead = Reply::CreateBuffer {
                     created: self.uploading(&blob),
                     fd: -1,
                 };
-                return Ok(Step::Upload {
-                    go_ahead,
-                    blobs: vec![blob],
-                });
+                return Ok(Step::upload(go_ahead, vec![blob], compress));
             }
             Request::CreateRemoteBuffers {
                 sizes,
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blobs = self.lease.create_blobs(&sizes)?;
                 let go_ahead = Reply::CreateBuffers {
                     payloads: blobs.iter().map(|blob| self.uploading(blob)).collect(),
                     fds: Vec::new(),
                 };
-                return Ok(Step::Upload { go_ahead, blobs });
+                return Ok(Step::upload(go_ahead, blobs, compress));
             }
             Request::GetRemoteBuffers(list) => return self.download(&list),
             // There is never anything locked by RDMA.
@@ -515,7 +538,7 @@ impl Client {
     }
 
     fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
-        refuse_detours(list.compress, list.use_rdma)?;
+        refuse_rdma(list.use_rdma)?;
         let blobs = self
             .lease
             .get_blobs(&list.ids, list.allow_unsealed)
@@ -523,9 +546,9 @@ impl Client {
         let reply = Reply::GetBuffers {
             payloads: self.all_described(&blobs),
             fds: Vec::new(),
-            compress: false,
+            compress: list.compress,
         };
-        Ok(Step::Download { reply, blobs })
+        Ok(Step::download(reply, blobs, list.compress))
     }
 
     /// Seals what has arrived, or gives back what could not be stored. The answer is the one that
@@ -575,14 +598,10 @@ fn with_arena(reply: Reply, is_new: bool) -> Step {
     }
 }
 
-/// Bytes travel as they are, on the stream. Clients ask for compression only where the register
-/// reply offers it.
-fn refuse_detours(compress: bool, use_rdma: bool) -> Result<(), Refusal> {
-    if compress {
-        return Err(not_supported("compression is"));
+/// Bytes travel on the stream.
+fn refuse_rdma(use_rdma: bool) -> Result<(), Refusal> {
+    match use_rdma {
+        true => Err(not_supported("RDMA is")),
+        false => Ok(()),
     }
-    if use_rdma {
-        return Err(not_supported("RDMA is"));
-    }
-    Ok(())
 }

@@ -19,7 +19,7 @@ use super::name::Names;
 use super::object::{BLOB, blob_tree};
 use super::objects::{Broken, Draft, Objects};
 use super::pattern::Pattern;
-use super::stream::{Streams, Turn};
+use super::stream::{Outcome, Pulled, Streams, Turn};
 use super::wait::{Wait, WaiterId, Waits};
 use super::{Created, DeleteOptions, Payload, Transport};
 use crate::shard::ids::{IdGenerator, InstanceId, ObjectId};

@@ -1,13 +1,11 @@
 //! Streams as part of the state: their chunks are blobs and objects like others.
 //!
-//! [`Streams`](super::super::stream::Streams) decides what becomes of a chunk; here it is done.
+//! `stream.rs` decides what becomes of a chunk; here it is done.
 
-use super::super::error::Error;
-use super::super::lease::ConnectionId;
-use super::super::stream::{Outcome, Pulled, Turn};
-use super::super::wait::WaiterId;
-use super::super::{DeleteOptions, Payload};
-use super::{Answer, Effects, State};
+use super::{
+    Answer, ConnectionId, DeleteOptions, Effects, Error, Outcome, Payload, Pulled, State, Turn,
+    WaiterId,
+};
 use crate::shard::ids::ObjectId;
 
 /// How a chunk that nobody needs is deleted: with what only it uses, unless others use it.
@@ -19,16 +17,20 @@ const DISCARD: DeleteOptions = DeleteOptions {
 };
 
 impl State {
-    pub(in super::super) fn create_stream(&mut self, id: ObjectId) -> Result<(), Error> {
+    pub(in crate::shard::store) fn create_stream(&mut self, id: ObjectId) -> Result<(), Error> {
         self.streams.create(id)
     }
 
-    pub(in super::super) fn open_stream(&mut self, id: ObjectId, mode: i64) -> Result<(), Error> {
+    pub(in crate::shard::store) fn open_stream(
+        &mut self,
+        id: ObjectId,
+        mode: i64,
+    ) -> Result<(), Error> {
         self.streams.open(id, mode)
     }
 
     /// Begins a request for a chunk of a stream. What was handed out before can be pulled.
-    pub(in super::super) fn ask_chunk(
+    pub(in crate::shard::store) fn ask_chunk(
         &mut self,
         id: ObjectId,
     ) -> Result<(WaiterId, Effects), Error> {
@@ -42,7 +44,7 @@ impl State {
 
     /// Whether a chunk of that size may be created now; if not, its writer waits. `most` is what
     /// chunks and all else may take together.
-    pub(in super::super) fn has_room(
+    pub(in crate::shard::store) fn has_room(
         &self,
         id: ObjectId,
         waiter: WaiterId,
@@ -58,7 +60,7 @@ impl State {
         Ok(size == 0 || used.saturating_add(size) < most)
     }
 
-    pub(in super::super) fn hand_out(
+    pub(in crate::shard::store) fn hand_out(
         &mut self,
         id: ObjectId,
         waiter: WaiterId,
@@ -67,7 +69,7 @@ impl State {
         self.streams.hand_out(id, waiter, blob.id)
     }
 
-    pub(in super::super) fn push_chunk(
+    pub(in crate::shard::store) fn push_chunk(
         &mut self,
         id: ObjectId,
         chunk: ObjectId,
@@ -80,7 +82,7 @@ impl State {
 
     /// A chunk, or the parked request that gets it, or why there is none. What the reader had
     /// before is gone in any of these cases.
-    pub(in super::super) fn pull_chunk(
+    pub(in crate::shard::store) fn pull_chunk(
         &mut self,
         connection: ConnectionId,
         id: ObjectId,
@@ -100,7 +102,7 @@ impl State {
         }
     }
 
-    pub(in super::super) fn stop_stream(
+    pub(in crate::shard::store) fn stop_stream(
         &mut self,
         id: ObjectId,
         failed: bool,
@@ -114,7 +116,7 @@ impl State {
         Ok(effects)
     }
 
-    pub(in super::super) fn drop_stream(&mut self, id: ObjectId) -> Result<Effects, Error> {
+    pub(in crate::shard::store) fn drop_stream(&mut self, id: ObjectId) -> Result<Effects, Error> {
         let outcome = self.streams.drop(id)?;
         let mut effects = Effects::default();
         self.perform(outcome, &mut effects);
