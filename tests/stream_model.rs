@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
@@ -307,12 +308,14 @@ impl World {
         match *op {
             Op::Create(id) => {
                 let result = self.store.create_stream(ObjectId(id));
-                if self.streams.contains_key(&id) {
-                    assert_eq!(result, Err(Error::StreamExists(ObjectId(id))));
-                } else {
-                    assert_eq!(result, Ok(()));
-                    self.streams.insert(id, Stream::default());
-                }
+                let expected = match self.streams.entry(id) {
+                    Entry::Occupied(_) => Err(Error::StreamExists(ObjectId(id))),
+                    Entry::Vacant(free) => {
+                        free.insert(Stream::default());
+                        Ok(())
+                    }
+                };
+                assert_eq!(result, expected);
             }
             Op::Open(id, mode) => {
                 let result = self.store.open_stream(ObjectId(id), mode);
