@@ -181,6 +181,7 @@ pub(crate) async fn serve(
         ipc_socket: ipc_socket.to_string_lossy().into_owned(),
         rpc_endpoint: rpc_endpoint.clone(),
     })?;
+    store.set_stream_threshold(options.stream_threshold);
     tracing::info!(ipc_socket = %ipc_socket.display(), rpc_endpoint, size = options.size, "serving");
     ready();
     shard::serve(store, listeners, stop)

@@ -151,6 +151,8 @@ pub(crate) struct Options {
     pub(crate) arena_dir: Option<PathBuf>,
     /// Take all pages at start.
     pub(crate) reserve_memory: bool,
+    /// Per cent of memory at which writers of streams wait.
+    pub(crate) stream_threshold: u32,
     /// `local` or `distributed`.
     pub(crate) deployment: String,
     /// Dump core after a crash.
@@ -193,6 +195,8 @@ pub(super) fn understand<'a>(
             .unwrap_or(FALLBACK_SIZE),
         arena_dir: some_path(values.text("arena_dir")),
         reserve_memory: values.is_on("reserve_memory"),
+        // Less than nothing is nothing: every writer waits.
+        stream_threshold: u32::try_from(values.number("stream_threshold")).unwrap_or(0),
         deployment: one_of(
             &values,
             "deployment",

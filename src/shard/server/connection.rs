@@ -3,6 +3,9 @@
 //! Invariant: a reply is written whole before the next request is looked at, and what the client
 //! has sent meanwhile is read ahead only while its request waits, up to [`READ_AHEAD`] bytes.
 
+#[path = "packed.rs"]
+mod packed;
+
 use std::future::{Future, pending};
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -10,8 +13,10 @@ use std::os::fd::BorrowedFd;
 use tokio::sync::watch;
 
 use super::dispatch::{Client, Step};
+use crate::shard::ids::ObjectId;
 use crate::shard::protocol::frame::{self, Decoder, FrameError};
 use crate::shard::protocol::reply::Reply;
+use crate::shard::protocol::zstd::ZstdError;
 use crate::shard::store::{self, Store, Transport};
 
 /// Bytes read ahead while a request waits, in order to notice that its client has gone.
@@ -47,6 +52,12 @@ enum BrokenOff {
     Frame(#[from] FrameError),
     #[error("the connection failed")]
     Io(#[from] io::Error),
+    #[error(transparent)]
+    Zstd(#[from] ZstdError),
+    #[error("a chunk of {0} bytes is announced")]
+    Chunk(u64),
+    #[error("the bytes for blob {0} do not end where it ends")]
+    Overrun(ObjectId),
     #[error("a blob vanished while it was sent")]
     Vanished(#[source] store::Error),
 }
@@ -94,23 +105,27 @@ impl<L: Link> Connection<L> {
             };
             match step {
                 Step::Reply(reply) => self.answer(&reply).await?,
-                Step::ReplyWithArena(reply) => {
-                    self.answer(&reply).await?;
-                    let store = self.client.store().clone();
-                    self.link.send_descriptor(store.arena()).await?;
-                }
+                Step::ReplyWithArena(reply) => self.answer_with_arena(&reply).await?,
                 Step::Wait(wait) => {
-                    let store = self.client.store().clone();
-                    let reply = tokio::select! {
+                    let waited = tokio::select! {
                         biased;
-                        reply = wait.over(&store) => reply,
+                        waited = wait.over(&self.client) => waited,
                         gone = hung_up(&mut self.link, &mut self.decoder) => return Ok(gone?),
                         () = drained(&mut self.draining) => return Ok(()),
                     };
-                    self.answer(&reply).await?;
+                    match self.client.resume(waited) {
+                        (reply, true) => self.answer_with_arena(&reply).await?,
+                        (reply, false) => self.answer(&reply).await?,
+                    }
                 }
                 Step::Upload { go_ahead, blobs } => self.upload(go_ahead, &blobs).await?,
                 Step::Download { reply, blobs } => self.download(&reply, &blobs).await?,
+                Step::UploadPacked { go_ahead, blobs } => {
+                    self.upload_packed(go_ahead, &blobs).await?;
+                }
+                Step::DownloadPacked { reply, blobs } => {
+                    self.download_packed(&reply, &blobs).await?;
+                }
                 Step::Close => return Ok(()),
             }
         }
@@ -134,6 +149,12 @@ impl<L: Link> Connection<L> {
         self.link.write(&self.out).await?;
         frame::reuse(&mut self.out);
         Ok(())
+    }
+
+    async fn answer_with_arena(&mut self, reply: &Reply) -> io::Result<()> {
+        self.answer(reply).await?;
+        let store = self.client.store().clone();
+        self.link.send_descriptor(store.arena()).await
     }
 
     /// Takes the bytes of `blobs`, one after another and without frames. If they cannot be stored

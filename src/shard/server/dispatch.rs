@@ -41,8 +41,34 @@ pub(super) enum Step {
         reply: Reply,
         blobs: Vec<store::Payload>,
     },
+    /// As `Upload`, of compressed bytes.
+    UploadPacked {
+        go_ahead: Reply,
+        blobs: Vec<store::Payload>,
+    },
+    /// As `Download`, with the bytes compressed.
+    DownloadPacked {
+        reply: Reply,
+        blobs: Vec<store::Payload>,
+    },
     /// Close without an answer.
     Close,
+}
+
+impl Step {
+    fn upload(go_ahead: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::UploadPacked { go_ahead, blobs },
+            false => Self::Upload { go_ahead, blobs },
+        }
+    }
+
+    fn download(reply: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::DownloadPacked { reply, blobs },
+            false => Self::Download { reply, blobs },
+        }
+    }
 }
 
 /// What a deferred request waits for.
@@ -50,20 +76,46 @@ pub(super) enum Step {
 pub(super) enum Wait {
     Objects(Vec<ObjectId>),
     Name(String),
+    /// A chunk of this stream to write, of this size.
+    ChunkToWrite(ObjectId, u64),
+    /// The next chunk of this stream.
+    Chunk(ObjectId),
+}
+
+/// What a wait ended with; see [`Client::resume`].
+#[derive(Debug)]
+pub(super) enum Waited {
+    Reply(Reply),
+    /// A chunk to write.
+    ToWrite(store::Payload),
 }
 
 impl Wait {
-    /// The reply, once it can be given.
-    pub(super) async fn over(self, store: &Store) -> Reply {
-        match self {
+    /// What was waited for, once it is there.
+    pub(super) async fn over(self, client: &Client) -> Waited {
+        let (lease, store) = (&client.lease, client.store());
+        let reply = match self {
             Self::Objects(ids) => Reply::GetData {
                 content: store.wait_objects(&ids).await,
             },
             Self::Name(name) => Reply::GetName {
                 object_id: store.wait_name(&name).await,
             },
-        }
+            Self::ChunkToWrite(stream, size) => match lease.next_chunk(stream, size).await {
+                Ok(blob) => return Waited::ToWrite(blob),
+                Err(error) => refusal(&error),
+            },
+            Self::Chunk(stream) => match lease.pull_chunk(stream).await {
+                Ok(chunk) => Reply::PullNextStreamChunk { chunk },
+                Err(error) => refusal(&error),
+            },
+        };
+        Waited::Reply(reply)
     }
+}
+
+fn refusal(error: &store::Error) -> Reply {
+    Reply::error(code_of(error), error.to_string())
 }
 
 /// A refusal, on its way to becoming a reply.
@@ -94,7 +146,20 @@ fn code_of(error: &store::Error) -> Code {
         | E::CopyExtra
         | E::LabelBlob
         | E::FastpathObject => Code::AssertionFailed,
-        E::SealUnknown(_)
+        E::StreamExists(_) => Code::ObjectExists,
+        E::StreamOpened => Code::StreamOpened,
+        E::StreamNotRunning | E::StreamHasReader | E::StreamHasWriter | E::StreamStopped => {
+            Code::InvalidStreamState
+        }
+        E::StreamDrained => Code::StreamDrained,
+        E::StreamFailed => Code::StreamFailed,
+        E::StreamOpenUnknown(_)
+        | E::StreamAllocateUnknown
+        | E::StreamPushUnknown
+        | E::StreamPullUnknown
+        | E::StreamStopUnknown(_)
+        | E::StreamDropUnknown(_)
+        | E::SealUnknown(_)
         | E::DropUnknown(_)
         | E::ShrinkUnknown(_)
         | E::NotHeld(_)
@@ -223,29 +288,26 @@ impl Client {
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blob = self.lease.create_blob(size)?;
                 let go_ahead = Reply::CreateBuffer {
                     created: self.uploading(&blob),
                     fd: -1,
                 };
-                return Ok(Step::Upload {
-                    go_ahead,
-                    blobs: vec![blob],
-                });
+                return Ok(Step::upload(go_ahead, vec![blob], compress));
             }
             Request::CreateRemoteBuffers {
                 sizes,
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blobs = self.lease.create_blobs(&sizes)?;
                 let go_ahead = Reply::CreateBuffers {
                     payloads: blobs.iter().map(|blob| self.uploading(blob)).collect(),
                     fds: Vec::new(),
                 };
-                return Ok(Step::Upload { go_ahead, blobs });
+                return Ok(Step::upload(go_ahead, blobs, compress));
             }
             Request::GetRemoteBuffers(list) => return self.download(&list),
             // There is never anything locked by RDMA.
@@ -352,13 +414,30 @@ impl Client {
             Request::Load { .. } | Request::Unpin { .. } => {
                 return Err(not_supported("spilling is"));
             }
-            Request::CreateStream { .. }
-            | Request::OpenStream { .. }
-            | Request::GetNextStreamChunk { .. }
-            | Request::PushNextStreamChunk { .. }
-            | Request::PullNextStreamChunk { .. }
-            | Request::StopStream { .. }
-            | Request::DropStream { .. } => return Err(not_supported("streams are")),
+            Request::CreateStream { object_id } => {
+                self.store().create_stream(object_id)?;
+                Reply::CreateStream
+            }
+            Request::OpenStream { object_id, mode } => {
+                self.store().open_stream(object_id, mode)?;
+                Reply::OpenStream
+            }
+            Request::GetNextStreamChunk { id, size } => {
+                return Ok(Step::Wait(Wait::ChunkToWrite(id, size)));
+            }
+            Request::PushNextStreamChunk { id, chunk } => {
+                self.store().push_chunk(id, chunk)?;
+                Reply::PushNextStreamChunk
+            }
+            Request::PullNextStreamChunk { id } => return Ok(Step::Wait(Wait::Chunk(id))),
+            Request::StopStream { id, failed } => {
+                self.store().stop_stream(id, failed)?;
+                Reply::StopStream
+            }
+            Request::DropStream { id } => {
+                self.store().drop_stream(id)?;
+                Reply::DropStream
+            }
             Request::MakeArena { .. } | Request::FinalizeArena { .. } => {
                 return Err(not_supported("arenas of clients are"));
             }
@@ -374,6 +453,18 @@ impl Client {
             }
         };
         Ok(Step::Reply(reply))
+    }
+
+    /// The reply to a request that has waited, and whether the arena's descriptor follows it.
+    pub(super) fn resume(&mut self, waited: Waited) -> (Reply, bool) {
+        match waited {
+            Waited::Reply(reply) => (reply, false),
+            Waited::ToWrite(blob) => {
+                let buffer = self.described(&blob);
+                let fd = self.announce(&[buffer]).unwrap_or(-1);
+                (Reply::GetNextStreamChunk { buffer, fd }, fd >= 0)
+            }
+        }
     }
 
     fn register(&mut self, store_type: StoreType, session: SessionId) -> Result<Reply, Refusal> {
@@ -447,7 +538,7 @@ impl Client {
     }
 
     fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
-        refuse_detours(list.compress, list.use_rdma)?;
+        refuse_rdma(list.use_rdma)?;
         let blobs = self
             .lease
             .get_blobs(&list.ids, list.allow_unsealed)
@@ -455,9 +546,9 @@ impl Client {
         let reply = Reply::GetBuffers {
             payloads: self.all_described(&blobs),
             fds: Vec::new(),
-            compress: false,
+            compress: list.compress,
         };
-        Ok(Step::Download { reply, blobs })
+        Ok(Step::download(reply, blobs, list.compress))
     }
 
     /// Seals what has arrived, or gives back what could not be stored. The answer is the one that
@@ -507,14 +598,10 @@ fn with_arena(reply: Reply, is_new: bool) -> Step {
     }
 }
 
-/// Bytes travel as they are, on the stream. Clients ask for compression only where the register
-/// reply offers it.
-fn refuse_detours(compress: bool, use_rdma: bool) -> Result<(), Refusal> {
-    if compress {
-        return Err(not_supported("compression is"));
+/// Bytes travel on the stream.
+fn refuse_rdma(use_rdma: bool) -> Result<(), Refusal> {
+    match use_rdma {
+        true => Err(not_supported("RDMA is")),
+        false => Ok(()),
     }
-    if use_rdma {
-        return Err(not_supported("RDMA is"));
-    }
-    Ok(())
 }

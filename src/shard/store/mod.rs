@@ -18,6 +18,7 @@
 //! name.rs    ● names, and who waits for one
 //! lease.rs   ● which connection holds which blob
 //! wait.rs    ● who waits for objects
+//! stream.rs  ● chunks between a writer and a reader; stream_state.rs, stream_lease.rs: what it entails
 //! pattern.rs ● wildcards and expressions
 //! ```
 
@@ -32,6 +33,8 @@ mod objects;
 mod pattern;
 mod shared;
 mod state;
+mod stream;
+mod stream_lease;
 #[cfg(test)]
 mod tests;
 mod wait;
@@ -41,7 +44,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -203,6 +206,7 @@ impl Store {
                 guarded,
                 trimmed,
                 enough,
+                stream_threshold: AtomicU32::new(stream_lease::THRESHOLD),
             }),
         })
     }

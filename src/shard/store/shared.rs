@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use tokio::sync::oneshot;
@@ -23,6 +23,8 @@ pub(super) struct Shared {
     pub(super) trimmed: Condvar,
     /// Bytes of pages from which on those without a blob are given back.
     pub(super) enough: AtomicU64,
+    /// Per cent of memory at which writers of streams wait.
+    pub(super) stream_threshold: AtomicU32,
 }
 
 /// What the lock guards.
@@ -44,8 +46,13 @@ impl Shared {
 
     /// Changes the state, then does what that entails.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut State) -> (T, Effects)) -> T {
+        self.change_guarded(|guarded| change(&mut guarded.state))
+    }
+
+    /// As [`Self::change`], for changes after which a request is parked.
+    pub(super) fn change_guarded<T>(&self, change: impl FnOnce(&mut Guarded) -> (T, Effects)) -> T {
         let mut guarded = self.lock();
-        let (value, effects) = change(&mut guarded.state);
+        let (value, effects) = change(&mut guarded);
         let answers: Vec<_> = effects
             .wake
             .into_iter()

@@ -3,6 +3,9 @@
 //! Nothing here sleeps, reads a clock or touches the arena. What a change entails outside is in
 //! the [`Effects`] it returns, to be performed once nobody is kept waiting by it.
 
+#[path = "stream_state.rs"]
+mod stream_state;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -16,6 +19,7 @@ use super::name::Names;
 use super::object::{BLOB, blob_tree};
 use super::objects::{Broken, Draft, Objects};
 use super::pattern::Pattern;
+use super::stream::{Outcome, Pulled, Streams, Turn};
 use super::wait::{Wait, WaiterId, Waits};
 use super::{Created, DeleteOptions, Payload, Transport};
 use crate::shard::ids::{IdGenerator, InstanceId, ObjectId};
@@ -26,6 +30,7 @@ use crate::shard::memory::{Full, Pool};
 pub(super) enum Answer {
     Objects(Map<String, Value>),
     Name(ObjectId),
+    Stream(Turn),
 }
 
 /// What is to be done after a change.
@@ -57,6 +62,7 @@ pub(super) struct State {
     names: Names,
     leases: Leases,
     waits: Waits,
+    streams: Streams,
 }
 
 /// The blob that every creation of no bytes yields.
@@ -85,6 +91,7 @@ impl State {
             names: Names::default(),
             leases: Leases::default(),
             waits: Waits::default(),
+            streams: Streams::default(),
         }
     }
 
@@ -108,6 +115,7 @@ impl State {
         for id in self.leases.disconnect(connection) {
             self.free(id, true, &mut effects);
         }
+        self.leave_streams(connection, &mut effects);
         effects
     }
 
@@ -223,11 +231,10 @@ impl State {
                 current: blob.size,
             });
         }
-        let trim = self.blobs.shrink(id, size).into_iter().collect();
-        Ok(Effects {
-            trim,
-            ..Effects::default()
-        })
+        let mut effects = Effects::default();
+        effects.trim.extend(self.blobs.shrink(id, size));
+        self.wake_writers(&mut effects);
+        Ok(effects)
     }
 
     /// Frees a blob if it exists.
@@ -239,6 +246,7 @@ impl State {
             self.leases.settled(writer, id);
         }
         effects.trim.extend(deleted.trim);
+        self.wake_writers(effects);
         true
     }
 
@@ -519,6 +527,9 @@ impl State {
 
     /// Nobody waits any longer.
     pub(super) fn cancel(&mut self, waiter: WaiterId) {
+        if self.streams.cancel(waiter) {
+            return;
+        }
         if let Some(Wait::Name(name)) = self.waits.remove(waiter) {
             self.names.cancel(&name, waiter);
         }
