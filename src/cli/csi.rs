@@ -27,6 +27,7 @@ use crate::csi::grpc::csi::{
     NodeGetInfoRequest, NodeGetVolumeStatsRequest, NodePublishVolumeRequest,
     NodeUnpublishVolumeRequest, ProbeRequest, VolumeCapability,
 };
+use crate::errors::chain;
 
 /// Speaks CSI by hand: one call, its reply as JSON.
 #[derive(Args, Debug)]
@@ -286,20 +287,8 @@ fn with<T>(timeout: Duration, message: T) -> Request<T> {
 }
 
 async fn connect(path: &Path) -> Result<Channel, Status> {
-    crate::csi::connect(path).await.map_err(|error| {
-        let mut text = error.to_string();
-        let mut cause = std::error::Error::source(&error);
-        while let Some(error) = cause {
-            let why = error.to_string();
-            // A wrapper that shows its cause's words does not say them twice.
-            if !text.ends_with(&why) {
-                text.push_str(": ");
-                text.push_str(&why);
-            }
-            cause = error.source();
-        }
-        Status::unavailable(text)
-    })
+    let connected = crate::csi::connect(path).await;
+    connected.map_err(|error| Status::unavailable(chain(&error)))
 }
 
 /// The code's name in the gRPC specification.

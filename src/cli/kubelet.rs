@@ -74,7 +74,8 @@ pub(super) async fn register(registry: &Path, driver: &str) -> anyhow::Result<Pa
 /// NodePublishVolume, with as much patience as kubelet has for it.
 pub(super) async fn publish(endpoint: &Path, volume: &Volume) -> anyhow::Result<()> {
     if let Some(parent) = volume.target.parent() {
-        // Kubelet makes the parent, 0750; the plugin makes the target.
+        // Kubelet makes the parent and the plugin the target. 0755, not kubelet's 0750, so that
+        // people of this machine can look at it.
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o755)

@@ -18,6 +18,7 @@ use super::gflags;
 use super::supervised;
 pub(crate) use super::vineyardd::Options;
 use super::vineyardd::{Command, FLAGS, FlagsError, Surroundings, understand};
+use crate::errors::chain;
 use crate::shard::protocol::VERSION;
 use crate::shard::store::{Config, OpenError, Store};
 use crate::shard::{self, BindError, Listeners};
@@ -60,17 +61,6 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
             ExitCode::from(1)
         }
     }
-}
-
-/// An error with all its causes, on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 fn run_to_end(args: Vec<OsString>) -> Result<(), ShardError> {

@@ -10,6 +10,7 @@ use std::path::Path;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::shard::{self, Options, ShardError};
+use crate::errors::chain;
 use crate::readiness::Readiness;
 use crate::shard::Listeners;
 use crate::supervisor::{ChildChannel, Deposit, FromSupervisor, Inherited};
@@ -29,7 +30,7 @@ pub(super) async fn serve(options: &Options, inherited: Inherited) -> Result<(),
         Err(error) => Err(error),
     };
     if let Err(error) = &outcome {
-        tell(&channel, &Readiness::Failing(shard::chain(error)));
+        tell(&channel, &Readiness::Failing(chain(error)));
     }
     outcome
 }

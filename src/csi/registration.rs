@@ -181,7 +181,7 @@ impl Keeper {
             let retry = match self.ensure() {
                 Ok(()) => again,
                 Err(error) => {
-                    let text = chain(&*error);
+                    let text = crate::errors::chain(&*error);
                     tracing::warn!(error = text, "no registration socket");
                     self.state.send_replace(Registered::Waiting(text));
                     Some(Instant::now() + self.next_pause())
@@ -293,17 +293,6 @@ fn socket_at(path: &Path) -> Option<FileId> {
     let metadata = std::fs::symlink_metadata(path).ok()?;
     let id = (metadata.dev(), metadata.ino());
     metadata.file_type().is_socket().then_some(id)
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// What kubelet calls.

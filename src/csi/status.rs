@@ -80,16 +80,5 @@ pub(super) fn stats(error: &StatsError) -> Status {
 
 /// The error with all its causes, in one line. `details` stay empty, as the spec demands.
 fn status(code: Code, error: &dyn std::error::Error) -> Status {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let why = error.to_string();
-        // A wrapper that shows its cause's words does not say them twice.
-        if !text.ends_with(&why) {
-            text.push_str(": ");
-            text.push_str(&why);
-        }
-        cause = error.source();
-    }
-    Status::new(code, text)
+    Status::new(code, crate::errors::chain(error))
 }
