@@ -3,7 +3,7 @@
 //! A flag that would change what clients see, and does not yet, is refused by name. Those that
 //! only tune the original (its allocator, its logs, RDMA) are taken and have no effect.
 
-use std::net::{IpAddr, SocketAddr};
+use core::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use super::gflags::{Flag, GflagsError, Kind, Values, parse};
