@@ -278,7 +278,7 @@ mod tests {
         ) {
             let limit = 64 * MIB;
             let full = limit / 100 * 95;
-            let region = (limit + limit / 2 + MIB).next_multiple_of(LARGE);
+            let region = (limit + limit + MIB).next_multiple_of(LARGE);
             let mut allocator = Allocator::new(64..region);
             let mut taken = Vec::new();
             let mut used = 0;

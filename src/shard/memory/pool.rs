@@ -1,10 +1,11 @@
 //! How much shared memory is taken, and where.
 //!
 //! The limit is kept by exact count of the bytes asked for, as clients see it. The region that
-//! they are placed in is half as large again: with uniformly random lifetimes and sizes up to a
+//! they are placed in is twice as large: with uniformly random lifetimes and sizes up to a
 //! twentieth of the limit, an eighth more refuses what the count allows within a few hundred
-//! steps, a quarter more does so sometimes, and half more not once in ten thousands. The region
-//! is a sparse file, and what is never written costs nothing.
+//! steps, a quarter more does so sometimes, half more once in some hundred thousand, and twice
+//! as much not once in two millions. The region is a sparse file, and what is never written
+//! costs nothing.
 
 use std::ops::Range;
 
@@ -32,7 +33,7 @@ impl Pool {
     /// A pool of `limit` bytes in a sparse region; none where the region would exceed 63 bits,
     /// the most a file offset can be.
     pub fn sparse(limit: u64) -> Option<Self> {
-        Self::new(limit, limit / 2)
+        Self::new(limit, limit)
     }
 
     /// A pool of `limit` bytes in a region all of whose pages are paid for: an eighth must do.

@@ -81,7 +81,7 @@ impl Shared {
     }
 
     /// Deleted blobs leave their pages for later ones, which is faster; but fragmentation places
-    /// some of those elsewhere, and so all pages together may come to exceed the limit by half.
+    /// some of those elsewhere, and so all pages together may come to be twice the limit.
     /// Before that, pages without a blob are given back.
     pub(super) fn bound_pages(&self) {
         let pages = || self.segment.resident().unwrap_or(0);
