@@ -5,11 +5,12 @@
 
 use std::future::{Future, pending};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use tokio::sync::watch;
+use tokio::task::{JoinError, spawn_blocking};
 
-use super::dispatch::{Client, Step};
+use super::dispatch::{Client, Descriptor, Step};
 use crate::shard::protocol::frame::{self, Decoder, FrameError};
 use crate::shard::protocol::reply::Reply;
 use crate::shard::store::{self, Store, Transport};
@@ -47,6 +48,8 @@ enum BrokenOff {
     Frame(#[from] FrameError),
     #[error("the connection failed")]
     Io(#[from] io::Error),
+    #[error("a request that waited for the disk came to no end")]
+    Disk(#[source] JoinError),
     #[error("a blob vanished while it was sent")]
     Vanished(#[source] store::Error),
 }
@@ -89,15 +92,32 @@ impl<L: Link> Connection<L> {
                 return Ok(());
             };
             let step = match request {
+                // A disk may be slow: others are served meanwhile.
+                Ok(request) if self.client.may_wait_for_disk(&request) => {
+                    let mut client = self.client;
+                    let done = spawn_blocking(move || {
+                        let step = client.dispatch(request);
+                        (client, step)
+                    });
+                    let (client, step) = done.await.map_err(BrokenOff::Disk)?;
+                    self.client = client;
+                    step
+                }
                 Ok(request) => self.client.dispatch(request),
                 Err(error) => Step::Reply(Reply::from(&error)),
             };
             match step {
                 Step::Reply(reply) => self.answer(&reply).await?,
-                Step::ReplyWithArena(reply) => {
+                Step::ReplyWithRegions(reply, regions) => {
                     self.answer(&reply).await?;
                     let store = self.client.store().clone();
-                    self.link.send_descriptor(store.arena()).await?;
+                    for region in regions {
+                        let descriptor = match &region {
+                            Descriptor::Arena => store.arena(),
+                            Descriptor::File(file) => file.as_fd(),
+                        };
+                        self.link.send_descriptor(descriptor).await?;
+                    }
                 }
                 Step::Wait(wait) => {
                     let store = self.client.store().clone();

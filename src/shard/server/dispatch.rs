@@ -3,6 +3,8 @@
 //! What a request needs beyond one call of the store is returned as a value: a wait, an upload, a
 //! download. The connection carries it out; nothing here reads, writes or waits.
 
+use std::fs::File;
+
 use crate::shard::ids::{ObjectId, SessionId};
 use crate::shard::protocol::VERSION;
 use crate::shard::protocol::code::Code;
@@ -10,7 +12,7 @@ use crate::shard::protocol::message::{Message, MessageError};
 use crate::shard::protocol::payload::{self, Payload};
 use crate::shard::protocol::reply::{InstanceStatus, Reply};
 use crate::shard::protocol::request::{BlobList, Deletion, Request, StoreType};
-use crate::shard::store::{self, DeleteOptions, Lease, Store, Transport};
+use crate::shard::store::{self, DeleteOptions, Lease, Region, Store, Transport};
 
 /// The other end of a connection, as far as requests are concerned.
 #[derive(Debug)]
@@ -27,8 +29,8 @@ pub(super) struct Client {
 pub(super) enum Step {
     /// Answer.
     Reply(Reply),
-    /// Answer, and pass the arena's descriptor after it.
-    ReplyWithArena(Reply),
+    /// Answer, and pass descriptors after it, one by one.
+    ReplyWithRegions(Reply, Vec<Descriptor>),
     /// Answer when what is waited for is there.
     Wait(Wait),
     /// Answer, take the blobs' bytes, see [`Client::uploaded`], answer again.
@@ -43,6 +45,14 @@ pub(super) enum Step {
     },
     /// Close without an answer.
     Close,
+}
+
+/// What a client is to map.
+#[derive(Debug)]
+pub(super) enum Descriptor {
+    Arena,
+    /// A blob on disk.
+    File(File),
 }
 
 /// What a deferred request waits for.
@@ -79,14 +89,18 @@ impl From<store::Error> for Refusal {
 fn code_of(error: &store::Error) -> Code {
     use store::Error as E;
     match error {
-        E::NotEnoughMemory { .. } => Code::NotEnoughMemory,
+        E::NotEnoughMemory { .. }
+        | E::NoRoomOnDisk { .. }
+        | E::DiskFull { .. }
+        | E::TooManyMappings(_) => Code::NotEnoughMemory,
         E::ShrinkGrows { .. }
         | E::OutOfBounds { .. }
         | E::NameBlob
         | E::NameTransient
-        | E::NameEmpty => Code::Invalid,
+        | E::NameEmpty
+        | E::SpillDisabled => Code::Invalid,
         E::NothingHeld => Code::KeyError,
-        E::Memory { .. } => Code::IoError,
+        E::Memory { .. } | E::Disk { .. } => Code::IoError,
         E::BlobHasNoMetadata
         | E::NoInstanceId
         | E::PersistBlob
@@ -169,26 +183,25 @@ impl Client {
 
             Request::CreateBuffer { size } => {
                 let created = self.described(&self.lease.create_blob(size)?);
-                let fd = self.announce(&[created]).unwrap_or(-1);
-                return Ok(with_arena(Reply::CreateBuffer { created, fd }, fd >= 0));
+                let (fds, new) = self.announce(&[created]);
+                let fd = fds.first().copied().unwrap_or(-1);
+                return Ok(with_regions(Reply::CreateBuffer { created, fd }, new));
             }
             Request::CreateBuffers { sizes } => {
                 let payloads = self.all_described(&self.lease.create_blobs(&sizes)?);
-                let fds = Vec::from_iter(self.announce(&payloads));
-                let is_new = !fds.is_empty();
-                return Ok(with_arena(Reply::CreateBuffers { payloads, fds }, is_new));
+                let (fds, new) = self.announce(&payloads);
+                return Ok(with_regions(Reply::CreateBuffers { payloads, fds }, new));
             }
             Request::GetBuffers(list) => {
                 let blobs = self.lease.get_blobs(&list.ids, list.allow_unsealed)?;
                 let payloads = self.all_described(&blobs);
-                let fds = Vec::from_iter(self.announce(&payloads));
-                let is_new = !fds.is_empty();
+                let (fds, new) = self.announce(&payloads);
                 let reply = Reply::GetBuffers {
                     payloads,
                     fds,
                     compress: false,
                 };
-                return Ok(with_arena(reply, is_new));
+                return Ok(with_regions(reply, new));
             }
             Request::Seal { object_id } => {
                 self.lease.seal(object_id)?;
@@ -211,8 +224,7 @@ impl Client {
                 Reply::Release
             }
             Request::IsInUse { id } => Reply::IsInUse(self.store().is_in_use(id)),
-            // Every blob is resident: there is nothing to spill to.
-            Request::IsSpilled { .. } => Reply::IsSpilled(false),
+            Request::IsSpilled { id } => Reply::IsSpilled(self.store().is_spilled(id)),
             Request::CreateGpuBuffer | Request::GetGpuBuffers => {
                 return Err(invalid("GPU support is not enabled"));
             }
@@ -348,9 +360,18 @@ impl Client {
                 return Err(not_supported("locks without etcd are"));
             }
 
-            Request::Evict { .. } => return Err(invalid("Spill path is not set")),
-            Request::Load { .. } | Request::Unpin { .. } => {
-                return Err(not_supported("spilling is"));
+            // vineyardd does these and never answers.
+            Request::Evict { ids } => {
+                self.lease.evict(&ids)?;
+                Reply::Evict
+            }
+            Request::Load { ids, pin } => {
+                self.store().load(&ids, pin)?;
+                Reply::Load
+            }
+            Request::Unpin { ids } => {
+                self.store().unpin(&ids);
+                Reply::Unpin
             }
             Request::CreateStream { .. }
             | Request::OpenStream { .. }
@@ -420,7 +441,12 @@ impl Client {
 
     fn described(&self, blob: &store::Payload) -> Payload {
         let arena_size = self.store().arena_size();
-        Payload::in_arena(blob.id, blob.offset, blob.size, blob.is_sealed, arena_size)
+        let payload =
+            Payload::in_arena(blob.id, blob.offset, blob.size, blob.is_sealed, arena_size);
+        match blob.region {
+            Region::Arena => payload,
+            Region::File { number, length } => payload.in_file(number, length),
+        }
     }
 
     fn all_described(&self, blobs: &[store::Payload]) -> Vec<Payload> {
@@ -436,14 +462,55 @@ impl Client {
         })
     }
 
-    /// The arena's key, if these are the first blobs that the client has to map. From then on the
-    /// client has it: the descriptor follows the reply.
-    fn announce(&mut self, payloads: &[Payload]) -> Option<i32> {
-        let is_new = self.transport == Transport::Ipc
-            && !self.has_arena
-            && payloads.iter().any(|payload| payload.store_fd >= 0);
-        self.has_arena |= is_new;
-        is_new.then_some(payload::ARENA)
+    /// Keys and descriptors of the regions that the client has to map for these blobs and does
+    /// not have yet, in the order of the blobs. From then on it has them: they follow the reply.
+    fn announce(&mut self, payloads: &[Payload]) -> (Vec<i32>, Vec<Descriptor>) {
+        let mut fds = Vec::new();
+        let mut new = Vec::new();
+        if self.transport != Transport::Ipc {
+            return (fds, new);
+        }
+        for &Payload { store_fd, .. } in payloads {
+            if store_fd == payload::ARENA && !self.has_arena {
+                self.has_arena = true;
+                fds.push(store_fd);
+                new.push(Descriptor::Arena);
+            } else if store_fd > payload::ARENA
+                && let Some(file) = self.lease.take_file(store_fd)
+            {
+                fds.push(store_fd);
+                new.push(Descriptor::File(file));
+            }
+        }
+        (fds, new)
+    }
+
+    /// Whether a request may have to wait for a disk.
+    pub(super) fn may_wait_for_disk(&self, request: &Request) -> bool {
+        let sum = |sizes: &[u64]| {
+            sizes
+                .iter()
+                .fold(0, |sum: u64, size| sum.saturating_add(*size))
+        };
+        let size = match request {
+            Request::CreateBuffer { size } | Request::CreateRemoteBuffer { size, .. } => *size,
+            Request::CreateBuffers { sizes } | Request::CreateRemoteBuffers { sizes, .. } => {
+                sum(sizes)
+            }
+            Request::GetBuffers(_)
+            | Request::GetRemoteBuffers(_)
+            | Request::Seal { .. }
+            | Request::DropBuffer { .. }
+            | Request::DelData(_)
+            | Request::DelDataWithFeedbacks(_)
+            | Request::Clear
+            | Request::Load { .. } => 0,
+            // Writes even where there is room.
+            Request::Evict { .. } => u64::MAX,
+            #[allow(clippy::wildcard_enum_match_arm)]
+            _ => return false,
+        };
+        self.store().may_wait_for_disk(size)
     }
 
     fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
@@ -451,7 +518,13 @@ impl Client {
         let blobs = self
             .lease
             .get_blobs(&list.ids, list.allow_unsealed)
-            .map_err(|_| Refusal(Code::KeyError, "Failed to get objects".to_owned()))?;
+            .map_err(|error| {
+                let refusal = Refusal::from(error);
+                match refusal.0 == Code::IoError {
+                    true => refusal,
+                    false => Refusal(Code::KeyError, "Failed to get objects".to_owned()),
+                }
+            })?;
         let reply = Reply::GetBuffers {
             payloads: self.all_described(&blobs),
             fds: Vec::new(),
@@ -499,11 +572,11 @@ impl Client {
     }
 }
 
-fn with_arena(reply: Reply, is_new: bool) -> Step {
-    if is_new {
-        Step::ReplyWithArena(reply)
-    } else {
+fn with_regions(reply: Reply, new: Vec<Descriptor>) -> Step {
+    if new.is_empty() {
         Step::Reply(reply)
+    } else {
+        Step::ReplyWithRegions(reply, new)
     }
 }
 

@@ -8,6 +8,7 @@
 //! not given to others before that is done.
 //!
 //! ```text
+//! spilling.rs  between the arena and the disk; what may move when, and why
 //! shared.rs    the lock; performs the effects that State asks for
 //! state.rs   ● every change, by calling the others; returns Effects
 //! blob.rs    ● created → sealed → deleted; where in the arena
@@ -16,6 +17,7 @@
 //! object.rs  ● one record, one link
 //! graph.rs   ● who uses whom; delete sets
 //! name.rs    ● names, and who waits for one
+//! eviction.rs● watermarks and coldness → what goes to disk
 //! lease.rs   ● which connection holds which blob
 //! wait.rs    ● who waits for objects
 //! pattern.rs ● wildcards and expressions
@@ -24,6 +26,7 @@
 mod blob;
 mod create;
 mod error;
+mod eviction;
 mod graph;
 mod lease;
 mod name;
@@ -31,6 +34,7 @@ mod object;
 mod objects;
 mod pattern;
 mod shared;
+mod spilling;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -48,9 +52,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 
+pub use self::blob::Region;
 pub use self::error::Error;
+pub use self::eviction::Watermarks;
 use self::lease::ConnectionId;
 use self::shared::{Guarded, Parked, Shared, enough};
+pub use self::spilling::Spilling;
+use self::spilling::{Bytes, Mappings};
 use self::state::{Answer, State};
 use self::wait::WaiterId;
 use crate::shard::ids::{InstanceId, ObjectId, SessionId, Signature};
@@ -61,12 +69,14 @@ use crate::shard::memory::{self, Pool, Segment};
 pub struct Payload {
     /// The blob.
     pub id: ObjectId,
-    /// Start within the arena file, in bytes; a multiple of 64.
+    /// Start within the region's file, in bytes; a multiple of 64.
     pub offset: u64,
     /// Length in bytes.
     pub size: u64,
     /// Whether others may see it.
     pub is_sealed: bool,
+    /// What it is in.
+    pub region: Region,
 }
 
 /// Which door a client came through.
@@ -174,8 +184,13 @@ fn since_epoch() -> Duration {
 }
 
 impl Store {
-    /// A store with nothing in it.
+    /// A store with nothing in it, and no disk to spill to.
     pub fn open(config: Config) -> Result<Self, OpenError> {
+        Self::open_with(config, None)
+    }
+
+    /// As [`Self::open`], perhaps with a disk to spill to.
+    pub fn open_with(config: Config, spilling: Option<Spilling>) -> Result<Self, OpenError> {
         let limit = config.memory_limit;
         let pool = match config.reserve_memory {
             false => Pool::sparse(limit),
@@ -200,6 +215,7 @@ impl Store {
                 config,
                 instance,
                 segment,
+                spiller: spilling.map(Into::into),
                 guarded,
                 trimmed,
                 enough,
@@ -228,6 +244,8 @@ impl Store {
         Lease {
             store: self.clone(),
             connection,
+            transport,
+            mappings: Mappings::default(),
         }
     }
 
@@ -281,8 +299,8 @@ impl Store {
 
     /// Whether a blob is in memory. Upstream up to 0.24.2 said whether somebody holds it; since
     /// then, and here, only a spilled blob is not in use.
-    pub fn is_in_use(&self, _id: ObjectId) -> bool {
-        true
+    pub fn is_in_use(&self, id: ObjectId) -> bool {
+        !self.is_spilled(id)
     }
 
     /// A new object with this metadata.
@@ -416,16 +434,16 @@ impl Store {
     /// Bytes of a sealed or unsealed blob, for the doors that pass bytes.
     pub fn read_blob(&self, payload: &Payload, at: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let length = buffer.len() as u64;
-        self.copy(payload, at, length, |segment, offset| {
-            segment.read(offset, buffer)
+        self.copy(payload, at, length, |bytes, offset| {
+            bytes.read(offset, buffer)
         })
     }
 
     /// Fills bytes of a blob, for the doors that pass bytes.
     pub fn write_blob(&self, payload: &Payload, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let length = bytes.len() as u64;
-        self.copy(payload, at, length, |segment, offset| {
-            segment.write(offset, bytes)
+        self.copy(payload, at, length, |place, offset| {
+            place.write(offset, bytes)
         })
     }
 
@@ -434,11 +452,9 @@ impl Store {
         payload: &Payload,
         at: u64,
         length: u64,
-        copy: impl FnOnce(&Segment, u64) -> io::Result<()>,
+        copy: impl FnOnce(&Bytes<'_>, u64) -> io::Result<()>,
     ) -> Result<(), Error> {
-        let Payload {
-            id, offset, size, ..
-        } = *payload;
+        let Payload { id, size, .. } = *payload;
         if at.checked_add(length).is_none_or(|end| end > size) {
             return Err(Error::OutOfBounds {
                 id,
@@ -452,11 +468,17 @@ impl Store {
         }
         // Nobody may get these bytes while they are copied. A blob that is deleted already is
         // kept by the pin of whoever goes on with it.
-        let _pin = self.pin(id);
-        if !self.shared.lock().state.is_backed(payload) {
+        let pin = self.pin(id);
+        // Since it was described it may have gone to disk, or come back.
+        let payload = Payload {
+            size,
+            ..*pin.as_ref().map_or(payload, Pin::payload)
+        };
+        if !self.shared.lock().state.is_backed(&payload) {
             return Err(Error::BlobGone(id));
         }
-        copy(&self.shared.segment, offset + at).map_err(|err| Error::Memory {
+        let bytes = self.shared.bytes(&payload)?;
+        copy(&bytes, payload.offset + at).map_err(|err| Error::Memory {
             id,
             reason: err.to_string(),
         })
@@ -512,6 +534,9 @@ impl Drop for Pin {
 pub struct Lease {
     store: Store,
     connection: ConnectionId,
+    transport: Transport,
+    /// The files it was given, or is to be given.
+    mappings: Mappings,
 }
 
 impl Lease {
@@ -531,6 +556,15 @@ impl Lease {
 
     /// New, unsealed blobs, all or none.
     pub fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> {
+        let created = match self.create_in_arena(sizes) {
+            Err(full) => return self.create_anyway(sizes, full),
+            Ok(created) => created,
+        };
+        self.store.shared.relieve();
+        Ok(created)
+    }
+
+    fn create_in_arena(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> {
         let now = now();
         let shared = &self.store.shared;
         let mut guarded = shared.lock();
@@ -552,6 +586,7 @@ impl Lease {
 
     /// Lets others see a blob, and holds it.
     pub fn seal(&self, id: ObjectId) -> Result<(), Error> {
+        self.complete(id)?;
         let seal = |state: &mut State| Ok(((), state.seal(self.connection, id)?));
         self.store.shared.try_change(seal)
     }
@@ -559,11 +594,17 @@ impl Lease {
     /// Unknown ids are left out; an unsealed one fails the whole unless `allow_unsealed`. Holds
     /// them.
     pub fn get_blobs(&self, ids: &[ObjectId], allow_unsealed: bool) -> Result<Vec<Payload>, Error> {
-        self.store
-            .shared
-            .lock()
-            .state
-            .get_blobs(self.connection, ids, allow_unsealed)
+        let shared = &self.store.shared;
+        {
+            let state = &mut shared.lock().state;
+            if shared.spiller.is_none() || !ids.iter().any(|&id| state.is_spilled(id)) {
+                return state.get_blobs(self.connection, ids, allow_unsealed);
+            }
+        }
+        match &shared.spiller {
+            Some(spiller) => self.get_from_disk(spiller, ids, allow_unsealed),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Holds blobs; unknown ids are accepted.

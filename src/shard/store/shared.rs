@@ -8,16 +8,19 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::Config;
+use super::spilling::Spiller;
 use super::state::{Answer, Effects, State};
 use super::wait::WaiterId;
 use crate::shard::ids::InstanceId;
 use crate::shard::memory::Segment;
+use crate::shard::spill::Removal;
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) config: Config,
     pub(super) instance: InstanceId,
     pub(super) segment: Segment,
+    pub(super) spiller: Option<Spiller>,
     pub(super) guarded: Mutex<Guarded>,
     /// Pages have been given back; for creations that found no room meanwhile.
     pub(super) trimmed: Condvar,
@@ -58,6 +61,11 @@ impl Shared {
         }
         if !effects.trim.is_empty() {
             self.trim(effects.trim);
+        }
+        if let Some(spiller) = &self.spiller {
+            for id in effects.discard {
+                spiller.remove(id, Removal::Erase);
+            }
         }
         value
     }
