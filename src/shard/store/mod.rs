@@ -35,6 +35,8 @@ mod objects;
 mod pattern;
 mod shared;
 mod spilling;
+#[cfg(test)]
+mod spilling_tests;
 mod state;
 #[cfg(test)]
 mod tests;
