@@ -397,10 +397,12 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
 
 fn failure(id: ObjectId, size: u64, path: &Path, what: &'static str, source: io::Error) -> Error {
     let path = path.to_owned();
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-            Error::NoSpace { id, size, path }
-        }
-        _ => Error::Io { what, path, source },
+    let is_full = matches!(
+        source.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    );
+    match is_full {
+        true => Error::NoSpace { id, size, path },
+        false => Error::Io { what, path, source },
     }
 }
