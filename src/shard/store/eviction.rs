@@ -21,7 +21,7 @@ impl Watermarks {
         if !(0.0 <= lower_rate && lower_rate <= upper_rate && upper_rate <= 1.0) {
             return None;
         }
-        // Truncates as vineyardd does; a float is exact enough for a watermark.
+        // A float is exact enough for a watermark.
         #[allow(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,

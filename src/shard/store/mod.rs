@@ -17,7 +17,7 @@
 //! object.rs  ● one record, one link
 //! graph.rs   ● who uses whom; delete sets
 //! name.rs    ● names, and who waits for one
-//! eviction.rs● watermarks and coldness → what goes to disk
+//! eviction.rs ● watermarks and coldness → what goes to disk
 //! lease.rs   ● which connection holds which blob
 //! wait.rs    ● who waits for objects
 //! pattern.rs ● wildcards and expressions

@@ -32,6 +32,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::blob::Region;
@@ -63,6 +64,8 @@ pub(super) struct Spiller {
     disk: Box<dyn SpillStore>,
     marks: Watermarks,
     turn: Mutex<()>,
+    /// Whether the last attempt to write failed: that is told once, not at every request.
+    is_failing: AtomicBool,
 }
 
 /// Files on their way to a connection: none once it has them. By number.
@@ -96,6 +99,7 @@ impl From<Spilling> for Spiller {
             disk: spilling.disk,
             marks: spilling.watermarks,
             turn: Mutex::new(()),
+            is_failing: AtomicBool::new(false),
         }
     }
 }
@@ -104,6 +108,19 @@ impl Spiller {
     fn turn(&self) -> MutexGuard<'_, ()> {
         // Guards the order of things only.
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells of the first of several failures to write, and when it works again.
+    fn tell(&self, failure: Option<&spill::Error>) {
+        let was_failing = self.is_failing.swap(failure.is_some(), Ordering::Relaxed);
+        match failure {
+            Some(err) if !was_failing => {
+                let err = err as &(dyn std::error::Error + 'static);
+                tracing::warn!(err, "blobs cannot be spilled");
+            }
+            None if was_failing => tracing::info!("blobs can be spilled again"),
+            Some(_) | None => {}
+        }
     }
 
     /// Removes a file; one that stays counts on.
@@ -152,12 +169,8 @@ impl Shared {
             return;
         }
         let _turn = spiller.turn();
-        if let Err(err) = self.make_room(spiller, None) {
-            tracing::warn!(
-                err = &err as &(dyn std::error::Error + 'static),
-                "nothing is spilled"
-            );
-        }
+        // The watermark is no limit: what cannot go stays.
+        drop(self.make_room(spiller, None));
     }
 
     /// Moves the coldest blobs to disk, for `missing` bytes or for the watermark. Whether there
@@ -193,6 +206,7 @@ impl Shared {
         let written = spiller.disk.write(id, size, &mut |at, buffer| {
             self.segment.read(offset + at, buffer)
         });
+        spiller.tell(written.as_ref().err());
         if let Err(err) = written {
             self.change(|state| ((), state.unpin(id, offset)));
             return Err(err);
@@ -215,13 +229,7 @@ impl Shared {
                     match self.make_room(spiller, Some(size)) {
                         Ok(true) => {}
                         Ok(false) => return Ok(false),
-                        Err(err) => {
-                            tracing::warn!(
-                                err = &err as &(dyn std::error::Error + 'static),
-                                "no room is made"
-                            );
-                            return Ok(false);
-                        }
+                        Err(_) => return Ok(false),
                     }
                 }
             }
@@ -345,11 +353,7 @@ impl Lease {
                 match shared.make_room(spiller, Some(total)) {
                     Ok(true) => {}
                     Ok(false) => break,
-                    Err(err) => {
-                        tracing::warn!(
-                            err = &err as &(dyn std::error::Error + 'static),
-                            "no room is made"
-                        );
+                    Err(_) => {
                         // Some may have gone before.
                         if let Ok(created) = self.create_in_arena(sizes) {
                             return Ok(created);
