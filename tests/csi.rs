@@ -26,10 +26,11 @@ use vinelet::csi::grpc::csi::{
     NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest, ProbeRequest,
     VolumeCapability,
 };
-use vinelet::csi::{Driver, listen, serve};
+use vinelet::csi::{Driver, serve};
 use vinelet::mounts::{Device, Fake, Fault, Mounted, Shown};
 use vinelet::readiness::Readiness;
 use vinelet::runtimes::{Board, RuntimeId};
+use vinelet::sockets::listen_unix;
 use vinelet::volumes::{Figures, FiguresFuture, Roots, ShardFigures, Volumes};
 
 const KUBELET: &str = "/var/lib/kubelet";
@@ -104,7 +105,12 @@ impl Node {
         let driver = Driver::new("vinelet.csi.v6d.io", "node-1", volumes).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("csi.sock");
-        let listener = UnixListener::from_std(listen(&socket).unwrap()).unwrap();
+        let listener = UnixListener::from_std({
+            let listener = listen_unix(&socket, 0o600).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            listener
+        })
+        .unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let server = tokio::spawn(async move {
             let stop = async {

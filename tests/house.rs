@@ -14,7 +14,8 @@ const LAW: &[(&str, &[&str])] = &[
     ("readiness", &[]),
     ("telemetry", &[]),
     ("http", &[]),
-    ("csi", &["volumes", "readiness"]),
+    ("sockets", &[]),
+    ("csi", &["volumes", "readiness", "sockets"]),
     ("volumes", &["mounts", "runtimes", "readiness"]),
     ("mounts", &[]),
     ("fuse", &["mounts"]),
@@ -25,7 +26,7 @@ const LAW: &[(&str, &[&str])] = &[
     ("shard/ids", &[]),
     (
         "shard/server",
-        &["shard/protocol", "shard/store", "shard/ids"],
+        &["shard/protocol", "shard/store", "shard/ids", "sockets"],
     ),
     (
         "shard/store",

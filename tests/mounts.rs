@@ -281,31 +281,40 @@ fn stacked_mounts_are_all_detached() {
 }
 
 #[test]
-fn a_tmpfs_has_its_size_and_mode_and_is_not_stacked() {
-    in_namespace("a_tmpfs_has_its_size_and_mode_and_is_not_stacked", |base| {
-        for mounter in both() {
-            let (_, target) = source_and_target(base);
-            let options = TmpfsOptions {
-                size: 8 << 20,
-                mode: 0o711,
-            };
-            mounter.tmpfs(&target, options).unwrap();
-            let stat = nix::sys::statvfs::statvfs(&target.path()).unwrap();
-            assert_eq!(stat.blocks() * stat.fragment_size(), 8 << 20);
-            let mode = fs::metadata(target.path()).unwrap().permissions();
-            assert_eq!(
-                std::os::unix::fs::PermissionsExt::mode(&mode) & 0o7777,
-                0o711
-            );
-            assert!(matches!(
-                mounter.tmpfs(&target, options),
-                Err(Error::Taken { .. })
-            ));
-            assert_eq!(mounter.unmount(&target).unwrap(), 1);
-            fs::remove_dir_all(base.join("runtime")).unwrap();
-            fs::remove_dir_all(base.join("pods")).unwrap();
-        }
-    });
+fn a_tmpfs_has_its_size_and_mode_and_takes_on_another_size() {
+    in_namespace(
+        "a_tmpfs_has_its_size_and_mode_and_takes_on_another_size",
+        |base| {
+            for mounter in both() {
+                let (_, target) = source_and_target(base);
+                let options = TmpfsOptions {
+                    size: 8 << 20,
+                    mode: 0o711,
+                };
+                mounter.tmpfs(&target, options).unwrap();
+                let stat = nix::sys::statvfs::statvfs(&target.path()).unwrap();
+                assert_eq!(stat.blocks() * stat.fragment_size(), 8 << 20);
+                let mode = fs::metadata(target.path()).unwrap().permissions();
+                assert_eq!(
+                    std::os::unix::fs::PermissionsExt::mode(&mode) & 0o7777,
+                    0o711
+                );
+                // A second one changes the first, which keeps what it holds.
+                fs::write(target.path().join("kept"), "kept").unwrap();
+                let larger = TmpfsOptions {
+                    size: 16 << 20,
+                    ..options
+                };
+                mounter.tmpfs(&target, larger).unwrap();
+                let stat = nix::sys::statvfs::statvfs(&target.path()).unwrap();
+                assert_eq!(stat.blocks() * stat.fragment_size(), 16 << 20);
+                assert_eq!(fs::read(target.path().join("kept")).unwrap(), b"kept");
+                assert_eq!(mounter.unmount(&target).unwrap(), 1);
+                fs::remove_dir_all(base.join("runtime")).unwrap();
+                fs::remove_dir_all(base.join("pods")).unwrap();
+            }
+        },
+    );
 }
 
 #[test]
@@ -574,7 +583,7 @@ fn everything_works_in_a_user_namespace() {
     for name in [
         "a_bind_is_read_only_from_the_first_moment_and_lets_clients_connect",
         "a_fuse_server_that_hangs_is_not_waited_for_and_one_that_is_gone_is_recognised",
-        "a_tmpfs_has_its_size_and_mode_and_is_not_stacked",
+        "a_tmpfs_has_its_size_and_mode_and_takes_on_another_size",
         "a_mount_is_replaced_without_a_moment_without_one",
         "a_pod_connects_through_a_published_volume_and_nothing_is_left_of_it",
     ] {

@@ -15,7 +15,8 @@ use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 use vinelet::csi::grpc::registration::registration_client::RegistrationClient;
 use vinelet::csi::grpc::registration::{InfoRequest, RegistrationStatus};
-use vinelet::csi::{Registered, Registration, RegistrationOptions, listen};
+use vinelet::csi::{Registered, Registration, RegistrationOptions};
+use vinelet::sockets::listen_unix;
 
 struct Plugin {
     socket: PathBuf,
@@ -167,7 +168,7 @@ async fn a_socket_that_somebody_removes_is_made_anew() {
         plugin.answers().await;
     }
     // By another socket of the same name.
-    let other = listen(&plugin.socket).unwrap();
+    let other = listen_unix(&plugin.socket, 0o600).unwrap();
     let theirs = std::fs::metadata(&plugin.socket).unwrap().ino();
     drop(other);
     assert_ne!(plugin.answers().await, theirs);
@@ -221,7 +222,7 @@ async fn a_refusal_makes_the_socket_anew_and_meanwhile_the_old_one_answers() {
 async fn an_inherited_listener_goes_on_on_the_same_socket() {
     let directory = tempfile::tempdir().unwrap();
     let socket = Registration::new(options(directory.path()), None).socket();
-    let listener = listen(&socket).unwrap();
+    let listener = listen_unix(&socket, 0o600).unwrap();
     let inode = std::fs::metadata(&socket).unwrap().ino();
     let plugin = Plugin::start(directory.path(), Some(listener));
     assert_eq!(plugin.answers().await, inode);
@@ -236,21 +237,9 @@ async fn an_inherited_listener_goes_on_on_the_same_socket() {
 async fn an_inherited_listener_whose_socket_is_gone_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let socket = Registration::new(options(directory.path()), None).socket();
-    let listener = listen(&socket).unwrap();
+    let listener = listen_unix(&socket, 0o600).unwrap();
     std::fs::remove_file(&socket).unwrap();
     let plugin = Plugin::start(directory.path(), Some(listener));
     plugin.answers().await;
     assert_eq!(plugin.made.load(Ordering::Relaxed), 1);
-}
-
-#[tokio::test]
-async fn a_path_that_is_too_long_is_named() {
-    let directory = tempfile::tempdir().unwrap();
-    let long = directory.path().join("d".repeat(120));
-    std::fs::create_dir(&long).unwrap();
-    let error = listen(&long.join("x.sock")).unwrap_err();
-    assert!(
-        error.to_string().ends_with("bytes, the kernel takes 107"),
-        "{error}"
-    );
 }

@@ -4,15 +4,13 @@
 //! connection of its own.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use crate::csi::grpc::csi::identity_client::IdentityClient;
@@ -157,7 +155,7 @@ pub fn run(args: CsiArgs) -> ExitCode {
 
 async fn call(args: &CsiArgs, timeout: Duration) -> Result<Value, Status> {
     let path = args.socket.strip_prefix("unix://").unwrap_or(&args.socket);
-    let channel = connect(PathBuf::from(path)).await?;
+    let channel = connect(Path::new(path)).await?;
     let mut identity = IdentityClient::new(channel.clone());
     let mut node = NodeClient::new(channel);
     Ok(match &args.call {
@@ -287,30 +285,21 @@ fn with<T>(timeout: Duration, message: T) -> Request<T> {
     request
 }
 
-async fn connect(path: PathBuf) -> Result<Channel, Status> {
-    let refused = format!("connecting to {}", path.display());
-    let connector = tower::service_fn(move |_: tonic::transport::Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    // The authority kubelet sends; the connector knows the way.
-    Endpoint::from_static("http://localhost")
-        .connect_with_connector(connector)
-        .await
-        .map_err(|error| {
-            let mut text = refused;
-            let mut cause = std::error::Error::source(&error);
-            while let Some(error) = cause {
-                let why = error.to_string();
-                // A wrapper that shows its cause's words does not say them twice.
-                if !text.ends_with(&why) {
-                    text.push_str(": ");
-                    text.push_str(&why);
-                }
-                cause = error.source();
+async fn connect(path: &Path) -> Result<Channel, Status> {
+    crate::csi::connect(path).await.map_err(|error| {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            let why = error.to_string();
+            // A wrapper that shows its cause's words does not say them twice.
+            if !text.ends_with(&why) {
+                text.push_str(": ");
+                text.push_str(&why);
             }
-            Status::unavailable(text)
-        })
+            cause = error.source();
+        }
+        Status::unavailable(text)
+    })
 }
 
 /// The code's name in the gRPC specification.

@@ -24,7 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::fail;
 use super::kubelet::{self, Volume};
 use crate::mounts;
-use crate::runtimes::RuntimeId;
+use crate::runtimes::{RuntimeId, quantity};
 
 const DRIVER: &str = "vinelet.csi.v6d.io";
 
@@ -38,7 +38,7 @@ pub struct DevArgs {
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
     /// Memory for objects, as Kubernetes writes quantities
-    #[arg(long, value_name = "QUANTITY", default_value = "256Mi")]
+    #[arg(long, value_name = "QUANTITY", default_value = "256Mi", value_parser = size)]
     size: String,
     /// Port for RPC clients on 127.0.0.1 [default: a free one]
     #[arg(long, value_name = "PORT")]
@@ -46,6 +46,15 @@ pub struct DevArgs {
     /// Also print the agent's log lines of this level
     #[arg(long, value_name = "LEVEL", default_value = "warn", value_parser = ["error", "warn", "info", "debug", "trace"])]
     log: String,
+}
+
+/// A quantity of at least one byte, as it was typed.
+fn size(text: &str) -> Result<String, String> {
+    match quantity::bytes(text) {
+        Ok(0) => Err("a store of no bytes holds nothing".to_owned()),
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Runs until Ctrl-C, then leaves no mount and no process behind.
@@ -159,6 +168,8 @@ impl Scratch {
             is_fresh,
             rpc_port,
         };
+        // Whoever waits for it shall not read what an earlier one wrote.
+        let _ = fs::remove_file(scratch.dir.join("dev.json"));
         for made in [
             scratch.runtimes_dir(),
             scratch.registry(),

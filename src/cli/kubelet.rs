@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use notify::{RecursiveMode, Watcher};
+use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tonic::transport::Channel;
 
@@ -39,7 +40,7 @@ pub(super) struct Volume {
 /// Returns the CSI endpoint that the plugin named.
 pub(super) async fn register(registry: &Path, driver: &str) -> anyhow::Result<PathBuf> {
     let socket = registry.join(format!("{driver}-reg.sock"));
-    appearance(registry, &socket).await?;
+    listening(registry, &socket).await?;
     let channel = crate::csi::connect(&socket).await?;
     let mut plugin = RegistrationClient::new(channel);
     let info = plugin
@@ -128,8 +129,9 @@ fn text(path: &Path) -> anyhow::Result<String> {
         .with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
-/// Returns once `file` is in `directory`.
-async fn appearance(directory: &Path, file: &Path) -> anyhow::Result<()> {
+/// Returns once somebody listens at `socket` in `directory`: there may be one that an agent left
+/// when it was killed.
+async fn listening(directory: &Path, socket: &Path) -> anyhow::Result<()> {
     let changed = std::sync::Arc::new(Notify::new());
     let signal = changed.clone();
     let mut watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
@@ -139,7 +141,7 @@ async fn appearance(directory: &Path, file: &Path) -> anyhow::Result<()> {
     watcher
         .watch(directory, RecursiveMode::NonRecursive)
         .with_context(|| format!("watching {}", directory.display()))?;
-    while !file.exists() {
+    while UnixStream::connect(socket).await.is_err() {
         changed.notified().await;
     }
     Ok(())

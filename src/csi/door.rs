@@ -4,8 +4,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -30,70 +29,6 @@ const CONNECTIONS: usize = 1024;
 const DRAIN: Duration = Duration::from_secs(5);
 /// Pause after an accept that failed for lack of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
-/// `sun_path` of unix(7) without its NUL.
-const MAX_SOCKET_PATH: usize = 107;
-
-/// Why a socket could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    /// The kernel takes no such path.
-    #[error("the socket path {} has {} bytes, the kernel takes 107", path.display(), path.as_os_str().len())]
-    TooLong {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Any other refusal.
-    #[error("making the socket {}", path.display())]
-    Make {
-        /// The path.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-}
-
-/// Listens at `path`, for root alone, replacing what was there: the name appears only when one
-/// can connect, and only with its permissions.
-pub fn listen(path: &Path) -> Result<std::os::unix::net::UnixListener, SocketError> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-    if path.as_os_str().as_bytes().len() > MAX_SOCKET_PATH {
-        return Err(SocketError::TooLong {
-            path: path.to_path_buf(),
-        });
-    }
-    let failed = |source: io::Error| SocketError::Make {
-        path: path.to_path_buf(),
-        source,
-    };
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(failed(io::ErrorKind::InvalidInput.into()));
-    };
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    let hidden = directory.join(hidden);
-    // The directory by its descriptor, so that the dot does not make the path too long.
-    let make = || -> io::Result<_> {
-        let directory = std::fs::File::open(directory)?;
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&directory);
-        let through = PathBuf::from(format!("/proc/self/fd/{fd}"));
-        let through = hidden
-            .file_name()
-            .map_or(through.clone(), |name| through.join(name));
-        remove(&hidden)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // `through` is short unless the name is not.
-        rustix::net::bind(&socket, &SocketAddrUnix::new(&through)?)?;
-        let only_root = std::os::unix::fs::PermissionsExt::from_mode(0o600);
-        std::fs::set_permissions(&hidden, only_root)?;
-        // As std and tokio ask for.
-        rustix::net::listen(&socket, 4096)?;
-        std::fs::rename(&hidden, path)?;
-        Ok(std::os::unix::net::UnixListener::from(socket))
-    };
-    make().map_err(failed)
-}
 
 /// Removes a file; absent is fine.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
@@ -143,11 +78,14 @@ impl Acceptor {
         (acceptor, incoming)
     }
 
-    /// Accepts until the server is gone. May be dropped at any time: a connection that is not
-    /// handed over then is closed.
+    /// Accepts until the server is gone. May be dropped at any time: nothing accepted is lost,
+    /// because there is a place for it before it is.
     pub(super) async fn accept(&self, listener: &UnixListener) {
         loop {
             let Ok(permit) = self.free.clone().acquire_owned().await else {
+                return;
+            };
+            let Ok(place) = self.accepted.reserve().await else {
                 return;
             };
             match listener.accept().await {
@@ -161,9 +99,7 @@ impl Acceptor {
                         }),
                         _permit: permit,
                     };
-                    if self.accepted.send(Ok(connection)).await.is_err() {
-                        return;
-                    }
+                    place.send(Ok(connection));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection");

@@ -18,7 +18,6 @@ use tokio::net::UnixListener;
 use crate::volumes::{Mounter, Volumes};
 
 pub use dial::{ConnectError, connect};
-pub use door::{SocketError, listen};
 pub use registration::{Registered, Registration, RegistrationOptions};
 
 use door::{Acceptor, Either, One};

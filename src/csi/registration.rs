@@ -61,6 +61,7 @@ type OnNewListener = Box<dyn FnMut(BorrowedFd<'_>) + Send>;
 pub struct Registration {
     options: RegistrationOptions,
     inherited: Option<std::os::unix::net::UnixListener>,
+    was_registered: bool,
     on_new_listener: OnNewListener,
     state: watch::Sender<Registered>,
 }
@@ -75,6 +76,7 @@ impl Registration {
         Self {
             options,
             inherited,
+            was_registered: false,
             on_new_listener: Box::new(|_| {}),
             state: watch::Sender::new(waiting),
         }
@@ -83,6 +85,13 @@ impl Registration {
     /// Lets `hook` see every listener that is made from now on, so that it can be kept.
     pub fn on_new_listener(mut self, hook: impl FnMut(BorrowedFd<'_>) + Send + 'static) -> Self {
         self.on_new_listener = Box::new(hook);
+        self
+    }
+
+    /// Says that kubelet had accepted the driver on the inherited listener: it does not ask again
+    /// while the socket stays.
+    pub fn was_registered(mut self, was: bool) -> Self {
+        self.was_registered = was;
         self
     }
 
@@ -116,6 +125,7 @@ impl Registration {
             directory: self.options.directory,
             listener: None,
             inherited: self.inherited,
+            was_registered: self.was_registered,
             on_new_listener: self.on_new_listener,
             state: self.state,
             changed: Arc::new(Notify::new()),
@@ -149,6 +159,7 @@ struct Keeper {
     directory: PathBuf,
     listener: Option<(UnixListener, FileId)>,
     inherited: Option<std::os::unix::net::UnixListener>,
+    was_registered: bool,
     on_new_listener: OnNewListener,
     state: watch::Sender<Registered>,
     /// Something happened in the watched directory. Many events are one.
@@ -226,10 +237,14 @@ impl Keeper {
         {
             listener.set_nonblocking(true)?;
             self.listener = Some((UnixListener::from_std(listener)?, id));
+            if self.was_registered {
+                self.state.send_replace(Registered::Yes);
+            }
             return Ok(());
         }
         let is_again = self.listener.take().is_some();
-        let listener = door::listen(&self.path)?;
+        let listener = crate::sockets::listen_unix(&self.path, 0o600)?;
+        listener.set_nonblocking(true)?;
         let id = socket_at(&self.path).ok_or("the registration socket vanished at once")?;
         (self.on_new_listener)(listener.as_fd());
         self.listener = Some((UnixListener::from_std(listener)?, id));

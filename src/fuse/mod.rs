@@ -5,7 +5,7 @@
 //! repeat what the dead one was asked (FUSE_NOTIFY_RESEND, Linux 6.9) and serves. Clients wait
 //! meanwhile and notice nothing.
 //!
-//! ```ignore
+//! ```text
 //! let (mark, custody) = Mark::establish(&mounter, &target, files)?;  // deposit custody elsewhere
 //! let mark = Mark::resume(device, &context, files)?;                 // in the next process
 //! mark.withdraw(&mounter, &target)?;

@@ -371,15 +371,17 @@ impl Mounter for Linux {
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
             | OpenTreeFlags::AT_EMPTY_PATH;
         let tree = rustix::mount::open_tree(&from, c"", flags).map_err(|e| failed(what(), e))?;
-        let mut attributes = sys::ATTR_NOSUID | sys::ATTR_NODEV | sys::ATTR_NOEXEC;
-        if options.read_only {
-            attributes |= sys::ATTR_RDONLY;
-        }
+        let harmless = sys::ATTR_NOSUID | sys::ATTR_NODEV | sys::ATTR_NOEXEC;
+        // The source may be a read-only mount itself.
+        let (set, clear) = match options.read_only {
+            true => (harmless | sys::ATTR_RDONLY, 0),
+            false => (harmless, sys::ATTR_RDONLY),
+        };
         // Out of the source's peer group first, or the clone would receive, at the same place
         // below itself, the mount that it is about to become; then shared anew, so that it
         // reaches peers of the target's parent, the host among them.
-        sys::mount_setattr(tree.as_fd(), attributes, sys::PROPAGATION_PRIVATE)
-            .and_then(|()| sys::mount_setattr(tree.as_fd(), 0, sys::PROPAGATION_SHARED))
+        sys::mount_setattr(tree.as_fd(), set, clear, sys::PROPAGATION_PRIVATE)
+            .and_then(|()| sys::mount_setattr(tree.as_fd(), 0, 0, sys::PROPAGATION_SHARED))
             .map_err(|e| failed(what(), e))?;
         place_mount(tree.as_fd(), to.as_fd(), false).map_err(|e| failed(what(), e))
     }
@@ -523,7 +525,7 @@ fn place_mount(mount: BorrowedFd<'_>, target: BorrowedFd<'_>, beneath: bool) -> 
 fn resize(fd: BorrowedFd<'_>, size: u64) -> Result<(), Errno> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let context = rustix::mount::fspick(fd, c"", flags)?;
-    rustix::mount::fsconfig_set_string(context.as_fd(), "size", &size.to_string())?;
+    rustix::mount::fsconfig_set_string(context.as_fd(), "size", size.to_string())?;
     rustix::mount::fsconfig_reconfigure(context.as_fd())
 }
 

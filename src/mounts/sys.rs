@@ -36,11 +36,16 @@ struct MountAttr {
     userns_fd: u64,
 }
 
-/// Sets attributes and propagation of the mount that `fd` is the root of.
-pub(super) fn mount_setattr(fd: BorrowedFd<'_>, attr_set: u64, propagation: u64) -> io::Result<()> {
+/// Sets and clears attributes, and sets the propagation, of the mount that `fd` is the root of.
+pub(super) fn mount_setattr(
+    fd: BorrowedFd<'_>,
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+) -> io::Result<()> {
     let attr = MountAttr {
         attr_set,
-        attr_clr: 0,
+        attr_clr,
         propagation,
         userns_fd: 0,
     };

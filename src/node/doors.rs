@@ -8,7 +8,10 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::Context;
+use tokio::sync::watch;
 
+use super::keeper::pause;
+use crate::csi::Registered;
 use crate::sockets;
 use crate::supervisor::{ChildChannel, Deposit};
 
@@ -40,6 +43,10 @@ impl Doors {
         let listener = match kept.and_then(first_fd) {
             Some(fd) => UnixListener::from(fd),
             None => {
+                if let Some(parent) = path.parent() {
+                    std::fs::create_dir_all(parent)
+                        .with_context(|| format!("making {}", parent.display()))?;
+                }
                 let listener = sockets::listen_unix(path, 0o600)?;
                 let identity = file_identity(path).unwrap_or_default();
                 self.channel
@@ -51,28 +58,18 @@ impl Doors {
         into_tokio(listener, tokio::net::UnixListener::from_std)
     }
 
-    /// The socket at `address`: the one in custody, or a new one.
-    pub(super) fn tcp(
-        &mut self,
-        name: &str,
-        address: SocketAddr,
-    ) -> anyhow::Result<tokio::net::TcpListener> {
+    /// The socket at `address`: the one in custody, or a new one, as soon as it can be had.
+    pub(super) fn tcp(&mut self, name: &'static str, address: SocketAddr) -> TcpDoor {
         let kept = self
             .deposits
             .remove(name)
             .filter(|deposit| deposit.context == address.to_string().as_bytes());
-        let listener = match kept.and_then(first_fd) {
-            Some(fd) => TcpListener::from(fd),
-            None => {
-                let listener = sockets::listen_tcp(address)?;
-                let context = address.to_string().into_bytes();
-                self.channel
-                    .deposit(name, &context, &[listener.as_fd()])
-                    .with_context(|| format!("leaving {address} in custody"))?;
-                listener
-            }
-        };
-        into_tokio(listener, tokio::net::TcpListener::from_std)
+        TcpDoor {
+            name,
+            address,
+            kept: kept.and_then(first_fd).map(TcpListener::from),
+            channel: self.channel.clone(),
+        }
     }
 
     /// A listener from custody, whatever its state.
@@ -91,10 +88,87 @@ impl Doors {
         }
     }
 
+    /// Whether an earlier node role left a note of this name.
+    pub(super) fn recall(&mut self, name: &str) -> bool {
+        self.deposits.remove(name).is_some()
+    }
+
+    /// Keeps a note in custody while kubelet knows the driver.
+    pub(super) fn remembering(
+        &self,
+        name: &'static str,
+        mut state: watch::Receiver<Registered>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let channel = self.channel.clone();
+        async move {
+            loop {
+                let is_registered = *state.borrow_and_update() == Registered::Yes;
+                let noted = match is_registered {
+                    true => note(&channel, name),
+                    false => channel.withdraw(name).map_err(anyhow::Error::from),
+                };
+                if let Err(error) = noted {
+                    tracing::warn!(%error, name, "a note is not in custody");
+                }
+                if state.changed().await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
     /// What nobody has asked for yet.
     pub(super) fn rest(self) -> BTreeMap<String, Deposit> {
         self.deposits
     }
+}
+
+/// A TCP socket that others may still hold: what only watches this node must not keep it from
+/// serving.
+pub(super) struct TcpDoor {
+    name: &'static str,
+    address: SocketAddr,
+    kept: Option<TcpListener>,
+    channel: ChildChannel,
+}
+
+impl TcpDoor {
+    /// Returns once the socket is there, trying with growing pauses.
+    pub(super) async fn open(mut self) -> tokio::net::TcpListener {
+        let mut attempt = 0;
+        loop {
+            let opened = match self.kept.take() {
+                Some(listener) => Ok(listener),
+                None => self.make(),
+            };
+            let opened = opened.and_then(|l| into_tokio(l, tokio::net::TcpListener::from_std));
+            match opened {
+                Ok(listener) => return listener,
+                Err(error) => {
+                    let (name, address) = (self.name, self.address);
+                    tracing::error!(name, %address, error = format!("{error:#}"), "door closed");
+                }
+            }
+            tokio::time::sleep(pause(attempt)).await;
+            attempt = attempt.saturating_add(1);
+        }
+    }
+
+    fn make(&self) -> anyhow::Result<TcpListener> {
+        let listener = sockets::listen_tcp(self.address)?;
+        let context = self.address.to_string().into_bytes();
+        self.channel
+            .deposit(self.name, &context, &[listener.as_fd()])
+            .with_context(|| format!("leaving {} in custody", self.address))?;
+        Ok(listener)
+    }
+}
+
+/// Custody keeps descriptors; a note has one that says nothing.
+fn note(channel: &ChildChannel, name: &str) -> anyhow::Result<()> {
+    let nothing = std::fs::File::open("/dev/null")?;
+    channel.deposit(name, &[], &[nothing.as_fd()])?;
+    Ok(())
 }
 
 fn first_fd(deposit: Deposit) -> Option<std::os::fd::OwnedFd> {

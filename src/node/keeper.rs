@@ -13,15 +13,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::Options;
-use super::local::{Local, Stage};
+use super::local::{Local, Means, Stage};
 use super::memory;
-use super::shards::Shards;
-use crate::mounts::Linux;
 use crate::readiness::Readiness;
-use crate::runtimes::{
-    Board, Difference, Present, RuntimeId, RuntimeSpec, RuntimesDir, Step, reconcile,
-};
-use crate::supervisor::{ChildChannel, ChildPlan, ChildReport, Deposit, FromSupervisor};
+use crate::runtimes::{Difference, Present, RuntimeId, RuntimeSpec, RuntimesDir, Step, reconcile};
+use crate::supervisor::{ChildPlan, ChildReport, Deposit, FromSupervisor};
 
 /// What a task found out about a shard.
 struct Probed {
@@ -33,11 +29,7 @@ struct Probed {
 
 /// Everything the node role knows of its runtimes.
 pub(super) struct Keeper {
-    options: Arc<Options>,
-    mounter: Arc<Linux>,
-    board: Board,
-    shards: Arc<Shards>,
-    channel: ChildChannel,
+    means: Means,
     reports: watch::Sender<Vec<ChildReport>>,
     /// Runtimes whose figures are exported.
     exported: watch::Sender<Vec<RuntimeId>>,
@@ -56,11 +48,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) fn new(
-        options: Arc<Options>,
-        mounter: Arc<Linux>,
-        board: Board,
-        shards: Arc<Shards>,
-        channel: ChildChannel,
+        means: Means,
         mut marks: BTreeMap<String, Deposit>,
         reports: watch::Sender<Vec<ChildReport>>,
         exported: watch::Sender<Vec<RuntimeId>>,
@@ -68,11 +56,7 @@ impl Keeper {
         let present = marks.remove(memory::PRESENT).map(memory::recall);
         let present = present.unwrap_or_default();
         Self {
-            options,
-            mounter,
-            board,
-            shards,
-            channel,
+            means,
             reports,
             exported,
             ended: mpsc::channel(64),
@@ -86,7 +70,7 @@ impl Keeper {
     }
 
     pub(super) fn csi_socket(&self) -> &Path {
-        &self.options.csi_socket
+        &self.means.options.csi_socket
     }
 
     /// Runs until the supervisor says stop, or is gone.
@@ -96,14 +80,14 @@ impl Keeper {
         }
         self.read(&directory);
         self.drop_unclaimed_marks();
-        self.board.complete();
-        if let Err(error) = self.channel.state(&Readiness::Ready) {
+        self.means.board.complete();
+        if let Err(error) = self.means.channel.state(&Readiness::Ready) {
             tracing::error!(%error, "the supervisor does not know that the node role is ready");
         }
         loop {
             let retry = self.locals.values().filter_map(Local::retry_at).min();
             tokio::select! {
-                message = self.channel.next() => match message {
+                message = self.means.channel.next() => match message {
                     Some(FromSupervisor::Report(children)) => self.reported(children),
                     Some(FromSupervisor::Stop) | None => return Ok(()),
                 },
@@ -121,8 +105,8 @@ impl Keeper {
     /// Takes every mark away; published volumes stay.
     pub(super) fn drain(&mut self) {
         for (id, local) in &mut self.locals {
-            self.board.set(id, Readiness::Draining);
-            local.withdraw_mark(&self.mounter, &self.channel, &self.options);
+            self.means.board.set(id, Readiness::Draining);
+            local.withdraw_mark(&self.means);
         }
     }
 
@@ -138,7 +122,7 @@ impl Keeper {
         let decision = reconcile(&wanted, &self.present);
         if decision.present != self.present {
             self.present = decision.present;
-            memory::keep(&self.present, &self.channel);
+            memory::keep(&self.present, &self.means.channel);
         }
         let mut complaints = BTreeSet::new();
         for step in decision.steps {
@@ -151,7 +135,7 @@ impl Keeper {
                     if let Some(id) = complaint.runtime
                         && !self.present.contains_key(&id)
                     {
-                        self.board.set(&id, Readiness::Failing(complaint.why));
+                        self.means.board.set(&id, Readiness::Failing(complaint.why));
                     }
                 }
                 Step::Stop(id) => self.stop(&id),
@@ -169,14 +153,14 @@ impl Keeper {
 
     /// Takes runtimes off the board that were refused before and that nobody names any more.
     fn forget_complaints(&self, wanted: &crate::runtimes::Wanted) {
-        for id in self.board.all().into_keys() {
+        for id in self.means.board.all().into_keys() {
             let is_named = wanted
                 .values()
                 .flatten()
                 .flatten()
                 .any(|spec| spec.id == id);
             if !is_named && !self.locals.contains_key(&id) {
-                self.board.remove(&id);
+                self.means.board.remove(&id);
             }
         }
     }
@@ -188,16 +172,10 @@ impl Keeper {
             return;
         }
         tracing::info!(runtime = %id, memory = spec.memory, rpc_port = spec.rpc_port, "runtime starts");
-        let mut local = Local::new(spec, &self.options);
-        self.board.set(&id, local.readiness());
+        let mut local = Local::new(spec, &self.means.options);
+        self.means.board.set(&id, local.readiness());
         if let Some(mark) = self.marks.remove(&local.deposit_name()) {
-            local.take_over_mark(
-                mark,
-                &self.options,
-                &self.board,
-                &self.shards,
-                &self.channel,
-            );
+            local.take_over_mark(mark, &self.means);
         }
         self.locals.insert(id.clone(), local);
         self.watch_mark(&id);
@@ -239,10 +217,10 @@ impl Keeper {
 
     fn stop(&mut self, id: &RuntimeId) {
         tracing::info!(runtime = %id, "runtime stops");
-        self.board.remove(id);
+        self.means.board.remove(id);
         self.next.remove(id);
         if let Some(local) = self.locals.get_mut(id) {
-            local.withdraw_mark(&self.mounter, &self.channel, &self.options);
+            local.withdraw_mark(&self.means);
             local.stage = Stage::Leaving;
         }
         // One that never got as far as a shard has nothing to wait for.
@@ -255,8 +233,9 @@ impl Keeper {
         let Some(local) = self.locals.get_mut(id) else {
             return;
         };
-        local.prepare(&self.mounter, &self.options);
-        self.board.set(id, local.readiness());
+        local.prepare(&self.means);
+        let readiness = local.readiness();
+        self.means.show(id, readiness);
     }
 
     fn retry(&mut self) {
@@ -281,9 +260,9 @@ impl Keeper {
         let plans: Vec<ChildPlan> = self
             .locals
             .values()
-            .filter_map(|local| local.plan(&self.options))
+            .filter_map(|local| local.plan(&self.means.options))
             .collect();
-        if let Err(error) = self.channel.want(plans) {
+        if let Err(error) = self.means.channel.want(plans) {
             tracing::error!(%error, "the supervisor does not know which shards shall run");
         }
     }
@@ -303,16 +282,18 @@ impl Keeper {
             };
             let was = local.readiness();
             let Some(pid) = local.hear(child) else {
-                if local.readiness() != was {
-                    tracing::info!(runtime = %id, readiness = %local.readiness(), "runtime");
-                    self.board.set(id, local.readiness());
-                    if let Readiness::Failing(_) = local.readiness() {
-                        local.withdraw_mark(&self.mounter, &self.channel, &self.options);
-                    }
+                let now = local.readiness();
+                if now != was && matches!(now, Readiness::Failing(_)) {
+                    local.withdraw_mark(&self.means);
                 }
+                self.means.show(id, now);
                 continue;
             };
-            let (id, shards, found) = (id.clone(), Arc::clone(&self.shards), self.probes.0.clone());
+            let (id, shards, found) = (
+                id.clone(),
+                Arc::clone(&self.means.shards),
+                self.probes.0.clone(),
+            );
             tokio::spawn(async move {
                 let answer = shards.status(&id).await.map(|_| ());
                 let pid = Some(pid);
@@ -331,13 +312,7 @@ impl Keeper {
         }
         match probed.answer {
             Ok(()) => {
-                local.bring_up(
-                    &self.mounter,
-                    &self.board,
-                    &self.shards,
-                    &self.channel,
-                    &self.options,
-                );
+                local.bring_up(&self.means);
                 self.watch_mark(&probed.id);
             }
             Err(error) => local.fail(format!("{error:#}")),
@@ -346,13 +321,7 @@ impl Keeper {
             return;
         };
         let readiness = local.readiness();
-        match &readiness {
-            Readiness::Ready => tracing::info!(runtime = %probed.id, "runtime is ready"),
-            Readiness::Starting(_) | Readiness::Failing(_) | Readiness::Draining => {
-                tracing::error!(runtime = %probed.id, %readiness, "runtime");
-            }
-        }
-        self.board.set(&probed.id, readiness);
+        self.means.show(&probed.id, readiness);
     }
 
     /// Somebody unmounted a mark that is still wanted: sets it again.
@@ -360,7 +329,7 @@ impl Keeper {
         let Some(local) = self.locals.get_mut(id) else {
             return;
         };
-        if local.lose_mark(&self.channel) {
+        if local.lose_mark(&self.means.channel) {
             tracing::warn!(runtime = %id, "the mark was unmounted; it is set again");
             let reports = self.reports.borrow().clone();
             self.look_at(&reports);
@@ -381,7 +350,7 @@ impl Keeper {
             .collect();
         for id in gone {
             if let Some(local) = self.locals.remove(&id) {
-                local.clean_up(&self.mounter, &self.options);
+                local.clean_up(&self.means);
             }
             if let Some(spec) = self.next.remove(&id) {
                 self.start(spec);
@@ -400,8 +369,8 @@ impl Keeper {
                 continue;
             };
             drop(deposit);
-            super::local::detach_marks(&id, &self.mounter, &self.options);
-            if let Err(error) = self.channel.withdraw(&name) {
+            super::local::detach_marks(&id, &self.means);
+            if let Err(error) = self.means.channel.withdraw(&name) {
                 tracing::warn!(%error, name, "custody keeps a descriptor nobody needs");
             }
         }

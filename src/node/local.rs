@@ -41,6 +41,30 @@ pub(super) enum Stage {
     Leaving,
 }
 
+/// What runtimes are kept with.
+pub(super) struct Means {
+    pub(super) options: Arc<Options>,
+    pub(super) mounter: Arc<Linux>,
+    pub(super) board: Board,
+    pub(super) shards: Arc<Shards>,
+    pub(super) channel: ChildChannel,
+}
+
+impl Means {
+    /// Puts up how a runtime fares; a change is a line in the log.
+    pub(super) fn show(&self, id: &RuntimeId, readiness: Readiness) {
+        if self.board.get(id).as_ref() != Some(&readiness) {
+            match &readiness {
+                Readiness::Failing(why) => tracing::error!(runtime = %id, why, "runtime fails"),
+                Readiness::Ready => tracing::info!(runtime = %id, "runtime is ready"),
+                Readiness::Starting(why) => tracing::debug!(runtime = %id, why, "runtime starts"),
+                Readiness::Draining => tracing::debug!(runtime = %id, "runtime drains"),
+            }
+        }
+        self.board.set(id, readiness);
+    }
+}
+
 /// A mark that is set.
 struct Marked {
     mark: Mark,
@@ -103,7 +127,10 @@ impl Local {
     }
 
     /// Makes directories and the arena's tmpfs.
-    pub(super) fn prepare(&mut self, mounter: &Linux, options: &Options) {
+    pub(super) fn prepare(&mut self, means: &Means) {
+        let Means {
+            options, mounter, ..
+        } = means;
         match self.stage {
             Stage::Leaving => return,
             Stage::Unmarked { .. } => {
@@ -209,18 +236,11 @@ impl Local {
     }
 
     /// The shard has answered: tells clients, and sets the mark.
-    pub(super) fn bring_up(
-        &mut self,
-        mounter: &Linux,
-        board: &Board,
-        shards: &Arc<Shards>,
-        channel: &ChildChannel,
-        options: &Options,
-    ) {
+    pub(super) fn bring_up(&mut self, means: &Means) {
         let Stage::Probing(pid) = self.stage else {
             return;
         };
-        match self.set_mark(mounter, board, shards, channel, options) {
+        match self.set_mark(means) {
             Ok(()) => {
                 self.attempts = 0;
                 self.stage = Stage::Up(pid);
@@ -230,14 +250,13 @@ impl Local {
         }
     }
 
-    fn set_mark(
-        &mut self,
-        mounter: &Linux,
-        board: &Board,
-        shards: &Arc<Shards>,
-        channel: &ChildChannel,
-        options: &Options,
-    ) -> anyhow::Result<()> {
+    fn set_mark(&mut self, means: &Means) -> anyhow::Result<()> {
+        let Means {
+            options,
+            mounter,
+            channel,
+            ..
+        } = means;
         let Some(layout) = &self.layout else {
             return Ok(());
         };
@@ -252,9 +271,9 @@ impl Local {
                 .update(fixed(layout, &discovery), SystemTime::now());
             return Ok(());
         }
-        let files = files(layout, &discovery, board, shards);
+        let files = files(layout, &discovery, means);
         let place = Place::beneath(&options.runtime_root, &layout.dummy_path())?;
-        let (mark, custody) = Mark::establish(mounter, &place, files.clone())?;
+        let (mark, custody) = Mark::establish(&**mounter, &place, files.clone())?;
         if custody.can_be_resumed() {
             let device = custody.device.as_fd();
             channel
@@ -270,21 +289,17 @@ impl Local {
     }
 
     /// Serves on the mark that an earlier node role left.
-    pub(super) fn take_over_mark(
-        &mut self,
-        deposit: Deposit,
-        options: &Options,
-        board: &Board,
-        shards: &Arc<Shards>,
-        channel: &ChildChannel,
-    ) {
+    pub(super) fn take_over_mark(&mut self, deposit: Deposit, means: &Means) {
+        let Means {
+            options, channel, ..
+        } = means;
         let Ok(layout) = Layout::new(&options.runtime_root, &self.spec.id) else {
             return;
         };
         let discovery = Discovery {
             rpc_endpoint: self.endpoint.clone(),
         };
-        let files = files(&layout, &discovery, board, shards);
+        let files = files(&layout, &discovery, means);
         let device = deposit.fds.into_iter().next();
         let resumed = device.map(|device| Mark::resume(device, &deposit.context, files.clone()));
         match resumed {
@@ -325,22 +340,20 @@ impl Local {
     }
 
     /// Takes the mark away, and what stands for it in custody.
-    pub(super) fn withdraw_mark(
-        &mut self,
-        mounter: &Linux,
-        channel: &ChildChannel,
-        options: &Options,
-    ) {
+    pub(super) fn withdraw_mark(&mut self, means: &Means) {
         let had_mark = self.mark.take().is_some();
-        detach_marks(&self.spec.id, mounter, options);
-        if had_mark && let Err(error) = channel.withdraw(&self.deposit_name()) {
+        detach_marks(&self.spec.id, means);
+        if had_mark && let Err(error) = means.channel.withdraw(&self.deposit_name()) {
             tracing::warn!(runtime = %self.spec.id, %error, "custody keeps a descriptor nobody needs");
         }
     }
 
     /// Removes what a runtime leaves behind once its shard is gone. Its directory stays: volumes
     /// may be bound from it.
-    pub(super) fn clean_up(self, mounter: &Linux, options: &Options) {
+    pub(super) fn clean_up(self, means: &Means) {
+        let Means {
+            options, mounter, ..
+        } = means;
         let Some(layout) = self.layout else { return };
         if let Err(error) = Discovery::withdraw(&layout) {
             tracing::warn!(runtime = %self.spec.id, %error, "discovery files stay");
@@ -360,7 +373,10 @@ impl Local {
 }
 
 /// Detaches the dummy filesystem and the bind that carries it, whoever mounted them.
-pub(super) fn detach_marks(id: &RuntimeId, mounter: &Linux, options: &Options) {
+pub(super) fn detach_marks(id: &RuntimeId, means: &Means) {
+    let Means {
+        options, mounter, ..
+    } = means;
     let Ok(layout) = Layout::new(&options.runtime_root, id) else {
         return;
     };
@@ -377,11 +393,11 @@ pub(super) fn detach_marks(id: &RuntimeId, mounter: &Linux, options: &Options) {
 }
 
 /// The files of the dummy filesystem.
-fn files(layout: &Layout, discovery: &Discovery, board: &Board, shards: &Arc<Shards>) -> Files {
+fn files(layout: &Layout, discovery: &Discovery, means: &Means) -> Files {
     let live = LiveStatus {
         id: layout.id().clone(),
-        board: board.clone(),
-        shards: Arc::clone(shards),
+        board: means.board.clone(),
+        shards: Arc::clone(&means.shards),
         handle: Handle::current(),
     };
     Files::new(fixed(layout, discovery), SystemTime::now(), live)

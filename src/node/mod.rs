@@ -31,8 +31,12 @@ use crate::volumes::{Roots, ShardFigures, Volumes};
 use crate::{csi, http};
 use doors::Doors;
 use keeper::Keeper;
+use local::Means;
 use routes::Routes;
 use shards::Shards;
+
+/// In custody while kubelet knows the driver.
+const REGISTERED: &str = "registered";
 
 /// Flags of the node role, understood.
 #[derive(Clone, Debug)]
@@ -136,8 +140,10 @@ async fn node(options: Arc<Options>, inherited: Inherited) -> anyhow::Result<()>
                 },
                 doors.inherited_unix("registration"),
             )
+            .was_registered(doors.recall(REGISTERED))
             .on_new_listener(doors.keeping("registration"));
             let state = registration.state();
+            tokio::spawn(doors.remembering(REGISTERED, state.clone()));
             let run = registration.run(told(stopping.clone()));
             tasks.spawn(async {
                 run.await;
@@ -157,26 +163,30 @@ async fn node(options: Arc<Options>, inherited: Inherited) -> anyhow::Result<()>
             exported: exported.subscribe(),
             shards: Arc::clone(&shards),
         };
-        let listener = doors.tcp("http", address)?;
-        let serve = http::serve(listener, routes, told(stopping.clone()));
+        let door = doors.tcp("http", address);
+        let stopped = told(stopping.clone());
         tasks.spawn(async {
-            serve.await;
+            tokio::select! {
+                () = async {
+                    let listener = door.open().await;
+                    http::serve(listener, routes, std::future::pending()).await;
+                } => {}
+                () = stopped => {}
+            }
             Ok("the HTTP server")
         });
     }
 
     let directory = RuntimesDir::open(&options.runtimes_dir)
         .with_context(|| format!("watching {}", options.runtimes_dir.display()))?;
-    let mut keeper = Keeper::new(
+    let means = Means {
         options,
         mounter,
         board,
         shards,
         channel,
-        doors.rest(),
-        reports,
-        exported,
-    );
+    };
+    let mut keeper = Keeper::new(means, doors.rest(), reports, exported);
     let outcome = tokio::select! {
         outcome = keeper.run(directory) => outcome,
         Some(ended) = tasks.join_next() => match ended {

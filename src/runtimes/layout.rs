@@ -23,6 +23,9 @@ pub const CONFIG: &str = "vineyard-config.yaml";
 /// File name of the endpoint file within `rpc-conf`.
 pub const RPC_ENDPOINT: &str = "VINEYARD_RPC_ENDPOINT";
 
+/// Name of the directory that fluid calls `fluid_path`.
+pub const FLUID_PATH: &str = "vineyard-fuse";
+
 /// `sun_path` has 108 bytes, one of them for the terminating NUL: unix(7).
 pub const SOCKET_PATH_LIMIT: usize = 107;
 
@@ -99,7 +102,7 @@ impl Layout {
 
     /// What fluid calls `fluid_path`: where the runtime's directory is shown to pods.
     pub fn fuse_dir(&self) -> PathBuf {
-        self.dir.join("vineyard-fuse")
+        self.dir.join(FLUID_PATH)
     }
 
     /// Where the dummy filesystem is mounted, as everybody else sees it. The directory itself

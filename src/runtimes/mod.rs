@@ -20,7 +20,7 @@ pub use board::{Board, NotReady};
 pub use discovery::{Discovery, DiscoveryError};
 pub use id::{RuntimeId, RuntimeIdError};
 pub use layout::{
-    CONFIG, Layout, LayoutError, RPC_ENDPOINT, SOCKET, SOCKET_PATH_LIMIT, WORKER_SOCKET,
+    CONFIG, FLUID_PATH, Layout, LayoutError, RPC_ENDPOINT, SOCKET, SOCKET_PATH_LIMIT, WORKER_SOCKET,
 };
 pub use reconcile::{Complaint, Decision, Difference, Present, Running, Step, Wanted, reconcile};
 pub use spec::{DEFAULT_RPC_PORT, FILE_LIMIT, RuntimeSpec, SpecError, parse};

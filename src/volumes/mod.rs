@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use crate::mounts::{BindOptions, Error as MountError, Found, Place, Shown};
 use crate::readiness::Readiness;
-use crate::runtimes::{Board, NotReady, RuntimeId};
+use crate::runtimes::{Board, FLUID_PATH, NotReady, RuntimeId};
 
 /// Whose hands change the mount table; named by this room's callers only as a parameter.
 pub use crate::mounts::Mounter;
@@ -99,10 +99,19 @@ impl Roots {
     }
 
     fn source(&self, source: &Source) -> Result<Place, MountError> {
-        let runtime = self.runtime(&source.runtime)?;
+        self.within(self.runtime(&source.runtime)?, source)
+    }
+
+    /// The same as [`Roots::source`] shows, seen through `fluid_path`.
+    fn near_source(&self, source: &Source) -> Result<Place, MountError> {
+        let fluid_path = self.runtime(&source.runtime)?.path().join(FLUID_PATH);
+        self.within(Place::beneath(&self.runtime_root, &fluid_path)?, source)
+    }
+
+    fn within(&self, directory: Place, source: &Source) -> Result<Place, MountError> {
         match &source.sub_path {
-            Some(sub_path) => Place::beneath(&self.runtime_root, &runtime.path().join(sub_path)),
-            None => Ok(runtime),
+            Some(sub_path) => Place::beneath(&self.runtime_root, &directory.path().join(sub_path)),
+            None => Ok(directory),
         }
     }
 }
@@ -418,6 +427,7 @@ impl<M: Mounter> Inner<M> {
                 .mounter
                 .create_dir(target, TARGET_MODE)
                 .map_err(failed)?;
+        let source = self.nearest(&request.source, source);
         let Err(error) = self.mounter.bind(&source, target, self.bind) else {
             return Ok(());
         };
@@ -425,6 +435,21 @@ impl<M: Mounter> Inner<M> {
             tracing::warn!(target_path = %target, error = %left, "a directory is left behind");
         }
         Err(failed(error))
+    }
+
+    /// The same directory by way of the mount that shows nothing else, where there is one.
+    ///
+    /// The kernel looks through everything mounted on the mount that it clones from: kubelet's
+    /// targets lie on the node's one big filesystem with the runtime's directory, by the
+    /// thousand.
+    fn nearest(&self, wanted: &Source, source: Place) -> Place {
+        let Ok(near) = self.roots.near_source(wanted) else {
+            return source;
+        };
+        match (self.mounter.shown(&near), self.mounter.shown(&source)) {
+            (Ok(near_shown), Ok(shown)) if near_shown == shown => near,
+            _ => source,
+        }
     }
 
     fn runtime_at(&self, path: &Path) -> Result<RuntimeId, StatsError> {

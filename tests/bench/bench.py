@@ -220,7 +220,9 @@ def entry(runtime):
 def shard_recovery(node, runtime, rounds=10):
     took = []
     for _ in range(rounds):
-        time.sleep(1)  # so that it is a crash and not a crash loop
+        # A new agent each time: the second crash in a row waits for its back-off.
+        node.stop()
+        node.start()
         pid = eventually(lambda: node.shard_pid(runtime))
         started = time.perf_counter()
         os.kill(pid, 9)

@@ -223,7 +223,16 @@ class Runtime:
         return [m for m in mounts_at(self.mark) if m.fstype == MARK_TYPE]
 
     def is_ready(self):
-        return bool(self.marks()) and answers(self.socket)
+        return bool(self.marks()) and is_served(self.mark) and answers(self.socket)
+
+
+def is_served(mount):
+    """Whether somebody serves what is mounted there: a dead FUSE mount answers ENOTCONN."""
+    try:
+        os.stat(mount)
+    except OSError:
+        return False
+    return True
 
 
 def runtime_yaml(namespace, name, quota="64Mi", port=None, extra=""):
@@ -383,8 +392,9 @@ class Node:
 
     def leftovers(self):
         """What of the agent is still there: mounts, bound sockets, processes."""
-        # The memory that objects live in outlives the agent on purpose: a tmpfs of its own.
-        found = [f"mount {m}" for m in mounts(self.root) if m.point != str(self.shm)]
+        # The memory that objects live in outlives the agent on purpose: one tmpfs per runtime.
+        memory = {m.id for m in mounts(self.shm) if m.fstype == "tmpfs"}
+        found = [f"mount {m}" for m in mounts(self.root) if m.id not in memory]
         found += [f"socket {path}" for path in bound_sockets(self.root)]
         found += [
             f"process {pid} {' '.join(words)}" for pid, (_, state, words) in processes().items()
@@ -397,8 +407,9 @@ class Node:
         if self.agent is not None and self.agent.poll() is None:
             with contextlib.suppress(Exception):
                 self.kill_tree()
-        for mount in reversed(mounts(self.root)):
-            subprocess.run(["umount", "-l", mount.point], stderr=subprocess.DEVNULL, timeout=20)
+        points = [mount.point for mount in reversed(mounts(self.root))]
+        for start in range(0, len(points), 500):
+            subprocess.run(["umount", "-l", *points[start:start + 500]], stderr=subprocess.DEVNULL, timeout=60)
         shutil.rmtree(self.root, ignore_errors=True)
 
 

@@ -71,7 +71,7 @@ def block(request, node):
 
 
 def fs_type(request, node):
-    request.volume_capability.mount.fs_type = "ext4"
+    request.volume_capability.mount.fs_type = "nfs"
 
 
 def mount_flag(request, node):
@@ -99,7 +99,7 @@ PUBLISHES = {
     "no access type": (no_access_type, "INVALID_ARGUMENT", ["volume_capability"]),
     "block volume": (block, "INVALID_ARGUMENT", ["block"]),
     "unknown access mode": (unknown_mode, "INVALID_ARGUMENT", ["access_mode"]),
-    "file system type": (fs_type, "INVALID_ARGUMENT", ["fs_type", "ext4"]),
+    "file system type": (fs_type, "INVALID_ARGUMENT", ["fs_type", "nfs"]),
     "mount flag": (mount_flag, "INVALID_ARGUMENT", ["mount_flags", "noatime"]),
     "no context at all": (only_context(), "INVALID_ARGUMENT", ["volume_context"]),
     "runtime name without namespace of a PV": (
@@ -399,7 +399,6 @@ FILES = {
     "no tiered store": ("apiVersion: data.fluid.io/v1alpha1\nkind: VineyardRuntime\nmetadata: {name: bad, namespace: default}\nspec: {}\n", ["tieredstore"]),
     "unknown field": (runtime_yaml("default", "bad", extra="  colour: blue\n"), ["spec", "colour"]),
     "port that is none": (runtime_yaml("default", "bad", port="70000"), ["rpc", "70000"]),
-    "name too long for a socket": (runtime_yaml("default", "n" * 63).replace("default", "d" * 63), ["107"]),
 }
 
 
@@ -468,8 +467,9 @@ def test_a_taken_rpc_port_is_named_and_the_others_are_served(node):
 
 def test_a_missing_fuse_device_is_named(node):
     node.add_runtime()
-    hidden = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs none /dev && exec "$@"', "-"]
-    # The stand-in for a container without the device: everything else of /dev is missed by nobody.
+    hidden = ["unshare", "--mount", "bash", "-c",
+              'mount -t tmpfs none /mnt && mknod /mnt/null c 1 3 && mount --move /mnt /dev && exec "$@"', "-"]
+    # A container without the device.
     with node.log.open("ab") as log:
         node.agent = subprocess.Popen([*hidden, VINELET, "agent", *node.arguments()],
                                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -496,7 +496,16 @@ def test_a_runtime_root_on_a_read_only_disk_is_named(node):
     assert str(node.runtime_root) in line
 
 
-def test_a_socket_path_beyond_107_bytes_is_named_with_its_length(make_node):
+def test_a_runtime_whose_socket_path_has_more_than_107_bytes_is_named_and_disturbs_nobody(node):
+    good = node.add_runtime("good")
+    node.start()
+    node.add_runtime("n" * 63, namespace="d" * 63)
+    line = node.wait_log("107", within=5)
+    assert "n" * 63 in line
+    assert good.is_ready()
+
+
+def test_a_csi_socket_path_beyond_107_bytes_is_named_with_its_length(make_node):
     deep = os.path.join(os.environ["VINELET_BASE"], "d" * 60, "e" * 40)
     os.makedirs(deep)
     node = make_node(deep)
@@ -516,7 +525,8 @@ COMMANDS = {
     "shard with a port that is none": (["shard", "--rpc_socket_port=lots"], "lots"),
     "shard with an unknown flag": (["shard", "--colour=blue"], "colour"),
     "dev with a bad size": (["dev", "--size=lots"], "lots"),
-    "csi without a socket": (["csi", "info"], "--socket"),
+    "csi without a call": (["csi"], "Usage"),
+    "csi without a target": (["csi", "publish", "--volume-id=v"], "--target"),
 }
 
 

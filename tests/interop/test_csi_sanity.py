@@ -74,13 +74,14 @@ def outcomes(tmp_path_factory):
              f"--ginkgo.junit-report={report}", "--ginkgo.no-color"],
             capture_output=True, text=True, timeout=300)
         assert report.exists(), log.stdout[-3000:] + log.stderr[-3000:]
+        proxy.stdin.close()
+        proxy.wait(10)
         yield {name: (status, text) for name, status, text in _specs(report)}, capabilities
         node.stop()
         assert node.leftovers() == []
     finally:
-        if proxy:
-            proxy.stdin.close()
-            proxy.wait(10)
+        if proxy and proxy.poll() is None:
+            proxy.kill()
         node.close()
 
 

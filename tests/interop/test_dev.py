@@ -22,7 +22,9 @@ class Dev:
         def written():
             assert self.process.poll() is None, f"it ended: {self.output()}"
             path = directory / "dev.json"
-            return json.loads(path.read_text()) if path.exists() else None
+            facts = json.loads(path.read_text()) if path.exists() else {}
+            # One that was killed leaves its file.
+            return facts if facts.get("pid") == self.process.pid else None
 
         try:
             self.facts = eventually(written, 20, "dev.json")

@@ -124,7 +124,6 @@ def test_kills_cost_the_supervisor_no_descriptor(pair):
             os.kill(pid, signal.SIGKILL)
             wait_for_another(find, pid)
         eventually(a.is_ready, RECOVERY)
-        eventually(lambda: pair.http("/readyz")[0] == 200, RECOVERY)
 
     kill_both()
     eventually(lambda: _settled(pair.agent.pid))
@@ -133,6 +132,13 @@ def test_kills_cost_the_supervisor_no_descriptor(pair):
         kill_both()
     eventually(lambda: len(descriptors(pair.agent.pid)) <= len(before), 5, "no more descriptors than before")
     assert len(pair.processes()) == 4
+
+
+def test_readiness_comes_back_without_kubelet(pair):
+    """kubelet registers once per socket: it does not come again because the node role was killed."""
+    assert pair.http("/readyz")[0] == 200
+    os.kill(pair.node_pid(), signal.SIGKILL)
+    eventually(lambda: pair.http("/readyz")[0] == 200, RECOVERY, "ready again")
 
 
 def _settled(pid):

@@ -34,8 +34,9 @@ def test_a_wiped_directory_is_filled_again(registered, kubelet):
 
 
 def test_a_directory_that_is_made_anew_is_filled_again(registered, kubelet):
-    shutil.rmtree(registered.registry)
-    registered.registry.mkdir()
+    # The agent may put its socket back while the directory is being emptied.
+    eventually(lambda: shutil.rmtree(registered.registry, ignore_errors=True) or True)
+    registered.registry.mkdir(exist_ok=True)
     eventually(lambda: is_socket(registered.registration_socket), 10, "the socket is there again")
     kubelet.register()
 

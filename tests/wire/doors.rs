@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vinelet::shard::{BindError, bind_ipc, bind_rpc};
+use vinelet::sockets::ListenError;
 
 fn only_entry(directory: &Path) -> String {
     let names: Vec<_> = fs::read_dir(directory)
@@ -43,11 +44,14 @@ fn a_path_of_107_bytes_is_the_longest() {
 
     let path = directory.path().join(format!("{name}s"));
     let error = bind_ipc(&path).unwrap_err();
-    assert!(matches!(error, BindError::PathTooLong { length: 108, .. }));
+    assert!(matches!(
+        error,
+        BindError::Listen(ListenError::TooLong { .. })
+    ));
     assert!(
         error
             .to_string()
-            .ends_with("is 108 bytes long, more than 107"),
+            .contains("is 108 bytes long; a UNIX socket address holds 107"),
         "{error}"
     );
 }

@@ -3,16 +3,13 @@
 use std::fs;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
-    SocketFlags, SocketType, bind as bind_socket, listen, sendmsg, socket_with,
+    SocketFlags, SocketType, sendmsg, socket_with,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
@@ -20,12 +17,6 @@ use tokio::net::{UnixListener, UnixStream};
 use super::BindError;
 use super::connection::Link;
 use crate::shard::store::Transport;
-
-/// The longest path: `sun_path` has 108 bytes, the last one ends it (unix(7)).
-const MAX_PATH: usize = 107;
-
-/// Connects that may wait; somaxconn may allow fewer.
-const BACKLOG: i32 = 1024;
 
 /// The byte a descriptor travels with; clients ignore its value.
 const DESCRIPTOR_BYTE: u8 = 0x14;
@@ -81,13 +72,7 @@ impl Link for IpcLink {
 
 /// See [`super::bind_ipc`].
 pub(super) fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, BindError> {
-    let length = path.as_os_str().as_bytes().len();
-    if length > MAX_PATH {
-        return Err(BindError::PathTooLong {
-            path: path.to_owned(),
-            length,
-        });
-    }
+    crate::sockets::check_path(path)?;
     let (Some(_), Some(directory)) = (path.file_name(), path.parent()) else {
         return Err(BindError::NoPath(path.to_owned()));
     };
@@ -112,7 +97,7 @@ pub(super) fn bind(path: &Path) -> Result<std::os::unix::net::UnixListener, Bind
         }
         Ok(_) => {}
     }
-    listen_and_rename(directory, path).map_err(failed)
+    Ok(crate::sockets::listen_unix(path, 0o777)?)
 }
 
 /// Whether somebody accepts, or could: a full backlog is somebody too.
@@ -128,51 +113,4 @@ fn is_served(path: &Path) -> io::Result<bool> {
         Err(rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) => Ok(false),
         Err(error) => Err(error.into()),
     }
-}
-
-/// The socket gets its name when it listens and everybody may connect: before, the path is what
-/// it was.
-fn listen_and_rename(
-    directory: &Path,
-    path: &Path,
-) -> io::Result<std::os::unix::net::UnixListener> {
-    // One process may bind several sockets in a directory.
-    static COUNTER: AtomicU32 = AtomicU32::new(0);
-    let counter = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let name = format!(".{}-{counter}.sock", std::process::id());
-    let temporary = directory.join(&name);
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    // The temporary path may be longer than a socket's can be, so it is spelled by way of its
-    // directory's descriptor.
-    let parent = if directory.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        directory
-    };
-    let opened = rustix::fs::open(
-        parent,
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    let spelled = format!("/proc/self/fd/{}/{name}", opened.as_raw_fd());
-    bind_socket(&socket, &SocketAddrUnix::new(spelled)?)?;
-    let named = (|| {
-        listen(&socket, BACKLOG)?;
-        fs::set_permissions(&temporary, fs::Permissions::from_mode(0o777))?;
-        fs::rename(&temporary, path)
-    })();
-    if let Err(error) = named {
-        drop(fs::remove_file(&temporary));
-        return Err(error);
-    }
-    Ok(socket.into())
 }

@@ -22,6 +22,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::shard::store::Store;
+use crate::sockets::ListenError;
 
 /// How long connections may take for the request in hand when the server stops.
 const DRAIN: Duration = Duration::from_secs(1);
@@ -42,14 +43,9 @@ pub struct Listeners {
 /// Why a socket cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The kernel takes 107 bytes and a terminator.
-    #[error("the socket path {path} is {length} bytes long, more than 107")]
-    PathTooLong {
-        /// The path.
-        path: PathBuf,
-        /// Its length.
-        length: usize,
-    },
+    /// The kernel refuses the socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The path has no file name, or is of no directory.
     #[error("{0} is no path of a socket")]
     NoPath(PathBuf),
@@ -67,19 +63,11 @@ pub enum BindError {
         /// Why.
         source: io::Error,
     },
-    /// The socket file.
-    #[error("listening on {path}")]
+    /// What is at the path cannot be looked at.
+    #[error("looking at {path}")]
     Ipc {
         /// The path.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The TCP port.
-    #[error("listening on {address}")]
-    Rpc {
-        /// The address.
-        address: SocketAddr,
         /// Why.
         source: io::Error,
     },
@@ -93,7 +81,7 @@ pub fn bind_ipc(path: &Path) -> Result<UnixListener, BindError> {
 
 /// Listens on a TCP port that nobody else listens on.
 pub fn bind_rpc(address: SocketAddr) -> Result<std::net::TcpListener, BindError> {
-    rpc::bind(address).map_err(|source| BindError::Rpc { address, source })
+    Ok(crate::sockets::listen_tcp(address)?)
 }
 
 /// Serves clients until `stop` is done. Then nobody is accepted any more, and connections have a

@@ -2,20 +2,14 @@
 
 use std::future::pending;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
-use rustix::net::{
-    AddressFamily, SocketFlags, SocketType, bind as bind_socket, listen, socket_with, sockopt,
-};
+use rustix::net::sockopt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::connection::Link;
 use crate::shard::store::Transport;
-
-/// Connects that may wait; somaxconn may allow fewer.
-const BACKLOG: i32 = 1024;
 
 /// The port, accepting.
 pub(super) struct Door(TcpListener);
@@ -76,19 +70,4 @@ impl Link for RpcLink {
     async fn send_descriptor(&mut self, _: BorrowedFd<'_>) -> io::Result<()> {
         Err(io::Error::from(io::ErrorKind::Unsupported))
     }
-}
-
-/// See [`super::bind_rpc`]. SO_REUSEADDR takes a port over from connections that are ending;
-/// SO_REUSEPORT, which would share it with another server, is left off.
-pub(super) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
-    let family = if address.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    bind_socket(&socket, &address)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }
