@@ -196,6 +196,7 @@ pub(crate) async fn serve(
         rpc_endpoint: rpc_endpoint.clone(),
     };
     let store = Store::open_with(config, spilling.transpose()?)?;
+    store.set_stream_threshold(options.stream_threshold);
     tracing::info!(ipc_socket = %ipc_socket.display(), rpc_endpoint, size = options.size, "serving");
     ready();
     shard::serve(store, listeners, stop)

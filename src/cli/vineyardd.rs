@@ -153,6 +153,8 @@ pub(crate) struct Options {
     pub(crate) arena_dir: Option<PathBuf>,
     /// Take all pages at start.
     pub(crate) reserve_memory: bool,
+    /// Per cent of memory at which writers of streams wait.
+    pub(crate) stream_threshold: u32,
     /// `local` or `distributed`.
     pub(crate) deployment: String,
     /// Dump core after a crash.
@@ -210,6 +212,8 @@ pub(super) fn understand<'a>(
         spill: spill(&values, bytes)?,
         arena_dir: some_path(values.text("arena_dir")),
         reserve_memory: values.is_on("reserve_memory"),
+        // Less than nothing is nothing: every writer waits.
+        stream_threshold: u32::try_from(values.number("stream_threshold")).unwrap_or(0),
         deployment: one_of(
             &values,
             "deployment",

@@ -123,6 +123,53 @@ fn requests_with_wrong_fields_are_answered_and_forgotten() {
         ),
         (r#"{"type":"get_buffers_by_plasma_request","num":0}"#, 6),
         (r#"{"type":"delete_session_request"}"#, 6),
+        (r#"{"type":"create_stream_request"}"#, 1),
+        (r#"{"type":"create_stream_request","object_id":"x"}"#, 1),
+        (r#"{"type":"create_stream_request","object_id":1e300}"#, 1),
+        (r#"{"type":"open_stream_request","object_id":5}"#, 1),
+        (
+            r#"{"type":"open_stream_request","object_id":5,"mode":"r"}"#,
+            1,
+        ),
+        (
+            r#"{"type":"open_stream_request","object_id":-1,"mode":-1}"#,
+            12,
+        ),
+        (r#"{"type":"get_next_stream_chunk_request","id":5}"#, 1),
+        (
+            r#"{"type":"get_next_stream_chunk_request","id":5,"size":-1}"#,
+            12,
+        ),
+        (
+            r#"{"type":"push_next_stream_chunk_request","id":5,"chunk":null}"#,
+            1,
+        ),
+        (
+            r#"{"type":"push_next_stream_chunk_request","id":5,"chunk":-1}"#,
+            12,
+        ),
+        (r#"{"type":"pull_next_stream_chunk_request","id":[]}"#, 1),
+        (r#"{"type":"pull_next_stream_chunk_request","id":-1}"#, 12),
+        (r#"{"type":"stop_stream_request","id":5}"#, 1),
+        (r#"{"type":"stop_stream_request","id":5,"failed":1}"#, 1),
+        (r#"{"type":"stop_stream_request","id":5,"failed":true}"#, 12),
+        (r#"{"type":"drop_stream_request","id":5}"#, 12),
+        (
+            r#"{"type":"create_remote_buffer_request","size":5,"compress":1}"#,
+            1,
+        ),
+        (
+            r#"{"type":"create_remote_buffer_request","size":-1,"compress":true}"#,
+            41,
+        ),
+        (
+            r#"{"type":"get_remote_buffers_request","ids":5,"compress":true}"#,
+            1,
+        ),
+        (
+            r#"{"type":"create_remote_buffer_request","size":5,"use_rdma":true}"#,
+            6,
+        ),
         (r#"{"type":"release_lock_request","key":"k"}"#, 6),
         (r#"{"type":"request_fd_request"}"#, 1),
         (r#"{"type":"create_gpu_buffer_request","size":10}"#, 1),
@@ -136,6 +183,32 @@ fn requests_with_wrong_fields_are_answered_and_forgotten() {
         "}".repeat(50_000)
     );
     refused(&server, &mut client, deep.as_bytes(), 1);
+}
+
+#[test]
+fn streams_of_any_id_and_size_are_only_streams() {
+    let server = Server::start();
+    let mut client = server.registered();
+    for id in ["0", "-1", "18446744073709551615", "9223372036854775808"] {
+        let ask = |client: &mut Client, command: &str, rest: &str| {
+            let body = format!(r#"{{"type":"{command}",{rest}}}"#);
+            serde_json::from_str::<Value>(&client.ask_text(&body)).unwrap()["code"].clone()
+        };
+        let (named, of) = (format!(r#""object_id":{id}"#), format!(r#""id":{id}"#));
+        assert!(ask(&mut client, "create_stream_request", &named).is_null());
+        assert_eq!(ask(&mut client, "create_stream_request", &named), 11);
+        let huge = format!(r#"{of},"size":-1"#);
+        assert_eq!(ask(&mut client, "get_next_stream_chunk_request", &huge), 41);
+        let itself = format!(r#"{of},"chunk":{id}"#);
+        for _ in 0..3 {
+            assert!(ask(&mut client, "push_next_stream_chunk_request", &itself).is_null());
+        }
+        for _ in 0..3 {
+            assert!(ask(&mut client, "pull_next_stream_chunk_request", &of).is_null());
+        }
+        assert!(ask(&mut client, "drop_stream_request", &of).is_null());
+        healthy(&server);
+    }
 }
 
 #[test]

@@ -9,7 +9,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::mapping::{Figures, Mapping};
-use crate::server::{Client, LIMIT, Server};
+use crate::server::{Client, LIMIT, Server, frame};
+use vinelet::shard::protocol::zstd::{MAX_CHUNK, Packer, Unpacker};
 
 /// Where we answer otherwise than vineyardd did, and why.
 #[derive(Clone, Copy)]
@@ -41,6 +42,8 @@ struct Connection {
     arena: Option<File>,
     /// What follows is vineyardd's, up to the next request.
     differs: bool,
+    packer: Packer,
+    unpacker: Unpacker,
 }
 
 struct Replay<'a> {
@@ -124,6 +127,7 @@ impl Replay<'_> {
                 connection.arena = Some(arena);
             }
             "payload" => self.payload(id, event, from_client),
+            "chunk" => self.chunk(id, event, from_client),
             other => panic!("{other}: {event}"),
         }
     }
@@ -146,6 +150,8 @@ impl Replay<'_> {
             transport,
             arena: None,
             differs: false,
+            packer: Packer::default(),
+            unpacker: Unpacker::default(),
         };
         self.connections.insert(id, connection);
         self.count();
@@ -266,6 +272,44 @@ impl Replay<'_> {
             client.receive_raw(&mut received);
             assert!(received == bytes, "{} bytes differ", length);
         }
+    }
+}
+
+impl Replay<'_> {
+    /// A compressed chunk. Short ones are sent as recorded; of long ones the head only is known,
+    /// and there are as many of them as blocks of 128 KiB in their blob.
+    fn chunk(&mut self, id: u64, event: &Value, from_client: bool) {
+        let length = usize::try_from(event["len"].as_u64().unwrap()).unwrap();
+        let head = base64(event["head_b64"].as_str().unwrap());
+        let is_first = head.starts_with(b"\x28\xb5\x2f\xfd");
+        let connection = self.connections.get_mut(&id).unwrap();
+        if from_client {
+            if head.len() == length {
+                connection.client.send_raw(&frame(&head));
+            } else {
+                if is_first {
+                    connection.packer = Packer::default();
+                }
+                let mut chunk = Vec::new();
+                let bytes: Vec<u8> = (0..Packer::MOST).map(|at| (at % 251) as u8).collect();
+                connection.packer.chunk(&bytes, &mut chunk);
+                connection.client.send_raw(&chunk);
+            }
+            return;
+        }
+        if is_first {
+            connection.unpacker = Unpacker::default();
+        }
+        let mut length = [0; 8];
+        connection.client.receive_raw(&mut length);
+        let length = u64::from_le_bytes(length);
+        assert!(length <= MAX_CHUNK);
+        let mut chunk = vec![0; usize::try_from(length).unwrap()];
+        connection.client.receive_raw(&mut chunk);
+        connection.unpacker.feed(&chunk);
+        assert!(connection.unpacker.next_block().unwrap().is_some());
+        assert_eq!(connection.unpacker.next_block(), Ok(None));
+        assert!(!connection.unpacker.is_in_midst(), "flushed");
     }
 }
 

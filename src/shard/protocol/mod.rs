@@ -21,7 +21,8 @@
 //! ```
 //!
 //! [`message`] tells what a frame's body is, [`request`] and [`reply`] are what can be said, and
-//! [`payload`] is how a blob is described to a client.
+//! [`payload`] is how a blob is described to a client. Bytes of blobs on the stream stand between
+//! frames, as they are or compressed ([`zstd`]).
 
 pub mod code;
 pub mod frame;
@@ -29,6 +30,7 @@ pub mod message;
 pub mod payload;
 pub mod reply;
 pub mod request;
+pub mod zstd;
 
 /// What we tell clients our version is. They warn below their own minor version.
 pub const VERSION: &str = "0.24.2";

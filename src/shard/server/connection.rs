@@ -3,6 +3,9 @@
 //! Invariant: a reply is written whole before the next request is looked at, and what the client
 //! has sent meanwhile is read ahead only while its request waits, up to [`READ_AHEAD`] bytes.
 
+#[path = "packed.rs"]
+mod packed;
+
 use std::future::{Future, pending};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,8 +14,10 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, spawn_blocking};
 
 use super::dispatch::{Client, Descriptor, Step};
+use crate::shard::ids::ObjectId;
 use crate::shard::protocol::frame::{self, Decoder, FrameError};
 use crate::shard::protocol::reply::Reply;
+use crate::shard::protocol::zstd::ZstdError;
 use crate::shard::store::{self, Store, Transport};
 
 /// Bytes read ahead while a request waits, in order to notice that its client has gone.
@@ -50,6 +55,12 @@ enum BrokenOff {
     Io(#[from] io::Error),
     #[error("a request that waited for the disk came to no end")]
     Disk(#[source] JoinError),
+    #[error(transparent)]
+    Zstd(#[from] ZstdError),
+    #[error("a chunk of {0} bytes is announced")]
+    Chunk(u64),
+    #[error("the bytes for blob {0} do not end where it ends")]
+    Overrun(ObjectId),
     #[error("a blob vanished while it was sent")]
     Vanished(#[source] store::Error),
 }
@@ -92,45 +103,42 @@ impl<L: Link> Connection<L> {
                 return Ok(());
             };
             let step = match request {
-                // A disk may be slow: others are served meanwhile.
-                Ok(request) if self.client.may_wait_for_disk(&request) => {
-                    let mut client = self.client;
-                    let done = spawn_blocking(move || {
-                        let step = client.dispatch(request);
-                        (client, step)
-                    });
-                    let (client, step) = done.await.map_err(BrokenOff::Disk)?;
-                    self.client = client;
+                Ok(request) => {
+                    let is_slow = self.client.may_wait_for_disk(&request);
+                    let step;
+                    (self.client, step) =
+                        act(self.client, is_slow, |client| client.dispatch(request)).await?;
                     step
                 }
-                Ok(request) => self.client.dispatch(request),
                 Err(error) => Step::Reply(Reply::from(&error)),
             };
             match step {
                 Step::Reply(reply) => self.answer(&reply).await?,
                 Step::ReplyWithRegions(reply, regions) => {
-                    self.answer(&reply).await?;
-                    let store = self.client.store().clone();
-                    for region in regions {
-                        let descriptor = match &region {
-                            Descriptor::Arena => store.arena(),
-                            Descriptor::File(file) => file.as_fd(),
-                        };
-                        self.link.send_descriptor(descriptor).await?;
-                    }
+                    self.answer_with_regions(&reply, &regions).await?;
                 }
                 Step::Wait(wait) => {
                     let store = self.client.store().clone();
-                    let reply = tokio::select! {
+                    let waited = tokio::select! {
                         biased;
-                        reply = wait.over(&store) => reply,
+                        waited = wait.over(&store) => waited,
                         gone = hung_up(&mut self.link, &mut self.decoder) => return Ok(gone?),
                         () = drained(&mut self.draining) => return Ok(()),
                     };
-                    self.answer(&reply).await?;
+                    let is_slow = waited.may_wait_for_disk(&store);
+                    let (reply, regions);
+                    (self.client, (reply, regions)) =
+                        act(self.client, is_slow, |client| client.resume(waited)).await?;
+                    self.answer_with_regions(&reply, &regions).await?;
                 }
                 Step::Upload { go_ahead, blobs } => self.upload(go_ahead, &blobs).await?,
                 Step::Download { reply, blobs } => self.download(&reply, &blobs).await?,
+                Step::UploadPacked { go_ahead, blobs } => {
+                    self.upload_packed(go_ahead, &blobs).await?;
+                }
+                Step::DownloadPacked { reply, blobs } => {
+                    self.download_packed(&reply, &blobs).await?;
+                }
                 Step::Close => return Ok(()),
             }
         }
@@ -153,6 +161,23 @@ impl<L: Link> Connection<L> {
         reply.encode(&mut self.out);
         self.link.write(&self.out).await?;
         frame::reuse(&mut self.out);
+        Ok(())
+    }
+
+    async fn answer_with_regions(
+        &mut self,
+        reply: &Reply,
+        regions: &[Descriptor],
+    ) -> io::Result<()> {
+        self.answer(reply).await?;
+        let store = self.client.store().clone();
+        for region in regions {
+            let descriptor = match region {
+                Descriptor::Arena => store.arena(),
+                Descriptor::File(file) => file.as_fd(),
+            };
+            self.link.send_descriptor(descriptor).await?;
+        }
         Ok(())
     }
 
@@ -212,6 +237,22 @@ impl<L: Link> Connection<L> {
         self.link.write(&self.out).await?;
         frame::reuse(&mut self.out);
         Ok(())
+    }
+}
+
+/// Lets a client act. A disk may be slow: others are served meanwhile.
+async fn act<T: Send + 'static>(
+    mut client: Client,
+    is_slow: bool,
+    act: impl FnOnce(&mut Client) -> T + Send + 'static,
+) -> Result<(Client, T), BrokenOff> {
+    let act = move || {
+        let done = act(&mut client);
+        (client, done)
+    };
+    match is_slow {
+        true => spawn_blocking(act).await.map_err(BrokenOff::Disk),
+        false => Ok(act()),
     }
 }
 

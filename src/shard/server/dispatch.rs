@@ -12,7 +12,9 @@ use crate::shard::protocol::message::{Message, MessageError};
 use crate::shard::protocol::payload::{self, Payload};
 use crate::shard::protocol::reply::{InstanceStatus, Reply};
 use crate::shard::protocol::request::{BlobList, Deletion, Request, StoreType};
-use crate::shard::store::{self, DeleteOptions, Lease, Region, Store, Transport};
+use crate::shard::store::{
+    self, ChunkRequest, DeleteOptions, Lease, Pull, Region, Store, Transport,
+};
 
 /// The other end of a connection, as far as requests are concerned.
 #[derive(Debug)]
@@ -43,6 +45,16 @@ pub(super) enum Step {
         reply: Reply,
         blobs: Vec<store::Payload>,
     },
+    /// As `Upload`, of compressed bytes.
+    UploadPacked {
+        go_ahead: Reply,
+        blobs: Vec<store::Payload>,
+    },
+    /// As `Download`, with the bytes compressed.
+    DownloadPacked {
+        reply: Reply,
+        blobs: Vec<store::Payload>,
+    },
     /// Close without an answer.
     Close,
 }
@@ -55,25 +67,76 @@ pub(super) enum Descriptor {
     File(File),
 }
 
+impl Step {
+    fn upload(go_ahead: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::UploadPacked { go_ahead, blobs },
+            false => Self::Upload { go_ahead, blobs },
+        }
+    }
+
+    fn download(reply: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
+        match compress {
+            true => Self::DownloadPacked { reply, blobs },
+            false => Self::Download { reply, blobs },
+        }
+    }
+}
+
 /// What a deferred request waits for.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) enum Wait {
     Objects(Vec<ObjectId>),
     Name(String),
+    /// Room for a chunk to write.
+    Room(ChunkRequest),
+    /// The next chunk of a stream.
+    Chunk(Pull),
+}
+
+/// What a wait ended with; see [`Client::resume`].
+#[derive(Debug)]
+pub(super) enum Waited {
+    Reply(Reply),
+    /// There is room for a chunk to write.
+    Room(ChunkRequest),
+}
+
+impl Waited {
+    /// Whether [`Client::resume`] may have to wait for a disk.
+    pub(super) fn may_wait_for_disk(&self, store: &Store) -> bool {
+        match self {
+            Self::Reply(_) => false,
+            Self::Room(request) => store.may_wait_for_disk(request.size()),
+        }
+    }
 }
 
 impl Wait {
-    /// The reply, once it can be given.
-    pub(super) async fn over(self, store: &Store) -> Reply {
-        match self {
+    /// What was waited for, once it is there.
+    pub(super) async fn over(self, store: &Store) -> Waited {
+        let reply = match self {
             Self::Objects(ids) => Reply::GetData {
                 content: store.wait_objects(&ids).await,
             },
             Self::Name(name) => Reply::GetName {
                 object_id: store.wait_name(&name).await,
             },
-        }
+            Self::Room(request) => match request.has_room().await {
+                Ok(()) => return Waited::Room(request),
+                Err(error) => refusal(&error),
+            },
+            Self::Chunk(pull) => match pull.over().await {
+                Ok(chunk) => Reply::PullNextStreamChunk { chunk },
+                Err(error) => refusal(&error),
+            },
+        };
+        Waited::Reply(reply)
     }
+}
+
+fn refusal(error: &store::Error) -> Reply {
+    Reply::error(code_of(error), error.to_string())
 }
 
 /// A refusal, on its way to becoming a reply.
@@ -108,7 +171,20 @@ fn code_of(error: &store::Error) -> Code {
         | E::CopyExtra
         | E::LabelBlob
         | E::FastpathObject => Code::AssertionFailed,
-        E::SealUnknown(_)
+        E::StreamExists(_) => Code::ObjectExists,
+        E::StreamOpened => Code::StreamOpened,
+        E::StreamNotRunning | E::StreamHasReader | E::StreamHasWriter | E::StreamStopped => {
+            Code::InvalidStreamState
+        }
+        E::StreamDrained => Code::StreamDrained,
+        E::StreamFailed => Code::StreamFailed,
+        E::StreamOpenUnknown(_)
+        | E::StreamAllocateUnknown
+        | E::StreamPushUnknown
+        | E::StreamPullUnknown
+        | E::StreamStopUnknown(_)
+        | E::StreamDropUnknown(_)
+        | E::SealUnknown(_)
         | E::DropUnknown(_)
         | E::ShrinkUnknown(_)
         | E::NotHeld(_)
@@ -235,29 +311,26 @@ impl Client {
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blob = self.lease.create_blob(size)?;
                 let go_ahead = Reply::CreateBuffer {
                     created: self.uploading(&blob),
                     fd: -1,
                 };
-                return Ok(Step::Upload {
-                    go_ahead,
-                    blobs: vec![blob],
-                });
+                return Ok(Step::upload(go_ahead, vec![blob], compress));
             }
             Request::CreateRemoteBuffers {
                 sizes,
                 compress,
                 use_rdma,
             } => {
-                refuse_detours(compress, use_rdma)?;
+                refuse_rdma(use_rdma)?;
                 let blobs = self.lease.create_blobs(&sizes)?;
                 let go_ahead = Reply::CreateBuffers {
                     payloads: blobs.iter().map(|blob| self.uploading(blob)).collect(),
                     fds: Vec::new(),
                 };
-                return Ok(Step::Upload { go_ahead, blobs });
+                return Ok(Step::upload(go_ahead, blobs, compress));
             }
             Request::GetRemoteBuffers(list) => return self.download(&list),
             // There is never anything locked by RDMA.
@@ -373,13 +446,32 @@ impl Client {
                 self.store().unpin(&ids);
                 Reply::Unpin
             }
-            Request::CreateStream { .. }
-            | Request::OpenStream { .. }
-            | Request::GetNextStreamChunk { .. }
-            | Request::PushNextStreamChunk { .. }
-            | Request::PullNextStreamChunk { .. }
-            | Request::StopStream { .. }
-            | Request::DropStream { .. } => return Err(not_supported("streams are")),
+            Request::CreateStream { object_id } => {
+                self.store().create_stream(object_id)?;
+                Reply::CreateStream
+            }
+            Request::OpenStream { object_id, mode } => {
+                self.store().open_stream(object_id, mode)?;
+                Reply::OpenStream
+            }
+            Request::GetNextStreamChunk { id, size } => {
+                return Ok(Step::Wait(Wait::Room(self.lease.ask_chunk(id, size)?)));
+            }
+            Request::PushNextStreamChunk { id, chunk } => {
+                self.store().push_chunk(id, chunk)?;
+                Reply::PushNextStreamChunk
+            }
+            Request::PullNextStreamChunk { id } => {
+                return Ok(Step::Wait(Wait::Chunk(self.lease.pull_chunk(id)?)));
+            }
+            Request::StopStream { id, failed } => {
+                self.store().stop_stream(id, failed)?;
+                Reply::StopStream
+            }
+            Request::DropStream { id } => {
+                self.store().drop_stream(id)?;
+                Reply::DropStream
+            }
             Request::MakeArena { .. } | Request::FinalizeArena { .. } => {
                 return Err(not_supported("arenas of clients are"));
             }
@@ -395,6 +487,22 @@ impl Client {
             }
         };
         Ok(Step::Reply(reply))
+    }
+
+    /// The reply to a request that has waited, and the descriptors that follow it.
+    pub(super) fn resume(&mut self, waited: Waited) -> (Reply, Vec<Descriptor>) {
+        match waited {
+            Waited::Reply(reply) => (reply, Vec::new()),
+            Waited::Room(request) => match self.lease.next_chunk(&request) {
+                Ok(blob) => {
+                    let buffer = self.described(&blob);
+                    let (fds, new) = self.announce(&[buffer]);
+                    let fd = fds.first().copied().unwrap_or(-1);
+                    (Reply::GetNextStreamChunk { buffer, fd }, new)
+                }
+                Err(error) => (refusal(&error), Vec::new()),
+            },
+        }
     }
 
     fn register(&mut self, store_type: StoreType, session: SessionId) -> Result<Reply, Refusal> {
@@ -505,7 +613,12 @@ impl Client {
             | Request::DelData(_)
             | Request::DelDataWithFeedbacks(_)
             | Request::Clear
-            | Request::Load { .. } => 0,
+            | Request::Load { .. }
+            // The chunk before is completed or deleted.
+            | Request::GetNextStreamChunk { .. }
+            | Request::PullNextStreamChunk { .. }
+            | Request::StopStream { .. }
+            | Request::DropStream { .. } => 0,
             // Writes even where there is room.
             Request::Evict { .. } => u64::MAX,
             _ => return false,
@@ -514,7 +627,7 @@ impl Client {
     }
 
     fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
-        refuse_detours(list.compress, list.use_rdma)?;
+        refuse_rdma(list.use_rdma)?;
         let blobs = self
             .lease
             .get_blobs(&list.ids, list.allow_unsealed)
@@ -528,9 +641,9 @@ impl Client {
         let reply = Reply::GetBuffers {
             payloads: self.all_described(&blobs),
             fds: Vec::new(),
-            compress: false,
+            compress: list.compress,
         };
-        Ok(Step::Download { reply, blobs })
+        Ok(Step::download(reply, blobs, list.compress))
     }
 
     /// Seals what has arrived, or gives back what could not be stored. The answer is the one that
@@ -580,14 +693,10 @@ fn with_regions(reply: Reply, new: Vec<Descriptor>) -> Step {
     }
 }
 
-/// Bytes travel as they are, on the stream. Clients ask for compression only where the register
-/// reply offers it.
-fn refuse_detours(compress: bool, use_rdma: bool) -> Result<(), Refusal> {
-    if compress {
-        return Err(not_supported("compression is"));
+/// Bytes travel on the stream.
+fn refuse_rdma(use_rdma: bool) -> Result<(), Refusal> {
+    match use_rdma {
+        true => Err(not_supported("RDMA is")),
+        false => Ok(()),
     }
-    if use_rdma {
-        return Err(not_supported("RDMA is"));
-    }
-    Ok(())
 }

@@ -183,7 +183,12 @@ impl Blobs {
 
     /// Lets others see it. Who could write until now, if anybody could.
     pub(super) fn seal(&mut self, id: ObjectId) -> Option<Option<ConnectionId>> {
-        self.blobs.get_mut(&id).map(|blob| blob.writer.take())
+        let blob = self.blobs.get_mut(&id)?;
+        let writer = blob.writer.take();
+        if writer.is_some() && blob.holders == 0 && blob.is_resident() {
+            self.cold.insert(id);
+        }
+        Some(writer)
     }
 
     /// Cuts an unsealed blob to `kept` bytes, no more than it has. The range to trim.

@@ -199,4 +199,47 @@ pub enum Error {
     /// ObjectNotExists.
     #[error("failed to find name: {0}")]
     NameNotFound(String),
+
+    /// ObjectExists.
+    #[error("stream already exists: {0}")]
+    StreamExists(ObjectId),
+    /// ObjectNotExists.
+    #[error("stream cannot be open: {0}")]
+    StreamOpenUnknown(ObjectId),
+    /// StreamOpened: in that mode.
+    #[error("Stream already opened")]
+    StreamOpened,
+    /// ObjectNotExists.
+    #[error("failed to allocate from stream")]
+    StreamAllocateUnknown,
+    /// ObjectNotExists.
+    #[error("failed to push to stream")]
+    StreamPushUnknown,
+    /// ObjectNotExists.
+    #[error("failed to pull from stream")]
+    StreamPullUnknown,
+    /// ObjectNotExists.
+    #[error("failed to stop stream: {0}")]
+    StreamStopUnknown(ObjectId),
+    /// ObjectNotExists.
+    #[error("failed to drop stream: {0}")]
+    StreamDropUnknown(ObjectId),
+    /// InvalidStreamState: it has been stopped, so there is nothing to write to.
+    #[error("!stream->drained && !stream->failed")]
+    StreamNotRunning,
+    /// InvalidStreamState: another request waits for a chunk.
+    #[error("!stream->reader_")]
+    StreamHasReader,
+    /// InvalidStreamState: another request waits for room.
+    #[error("!stream->writer_")]
+    StreamHasWriter,
+    /// InvalidStreamState: it is stopped once only.
+    #[error("Stream already stopped")]
+    StreamStopped,
+    /// StreamDrained: all has been read.
+    #[error("Stream drained: no more chunks")]
+    StreamDrained,
+    /// StreamFailed: its writer said so, or it has been dropped.
+    #[error("Stream source failed")]
+    StreamFailed,
 }

@@ -20,6 +20,7 @@
 //! eviction.rs ● watermarks and coldness → what goes to disk
 //! lease.rs   ● which connection holds which blob
 //! wait.rs    ● who waits for objects
+//! stream.rs  ● chunks between a writer and a reader; stream_state.rs, stream_lease.rs: what it entails
 //! pattern.rs ● wildcards and expressions
 //! ```
 
@@ -38,6 +39,8 @@ mod spilling;
 #[cfg(test)]
 mod spilling_tests;
 mod state;
+mod stream;
+mod stream_lease;
 #[cfg(test)]
 mod tests;
 mod wait;
@@ -47,7 +50,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -62,6 +65,7 @@ use self::shared::{Guarded, Parked, Shared, enough};
 pub use self::spilling::Spilling;
 use self::spilling::{Bytes, Mappings};
 use self::state::{Answer, State};
+pub use self::stream_lease::{ChunkRequest, Pull};
 use self::wait::WaiterId;
 use crate::shard::ids::{InstanceId, ObjectId, SessionId, Signature};
 use crate::shard::memory::{self, Pool, Segment};
@@ -221,6 +225,7 @@ impl Store {
                 guarded,
                 trimmed,
                 enough,
+                stream_threshold: AtomicU32::new(stream_lease::THRESHOLD),
             }),
         })
     }
@@ -490,14 +495,14 @@ impl Store {
     fn park<T>(
         &self,
         wait: impl FnOnce(&mut State) -> Result<T, WaiterId>,
-    ) -> Result<T, (Parked<'_>, oneshot::Receiver<Answer>)> {
+    ) -> Result<T, (Parked, oneshot::Receiver<Answer>)> {
         let mut guarded = self.shared.lock();
         wait(&mut guarded.state).map_err(|waiter| {
             let (sender, receiver) = oneshot::channel();
             guarded.parked.insert(waiter, sender);
             (
                 Parked {
-                    shared: &self.shared,
+                    shared: Arc::clone(&self.shared),
                     waiter,
                 },
                 receiver,
@@ -588,7 +593,7 @@ impl Lease {
 
     /// Lets others see a blob, and holds it.
     pub fn seal(&self, id: ObjectId) -> Result<(), Error> {
-        self.complete(id)?;
+        self.store.shared.complete(id)?;
         let seal = |state: &mut State| Ok(((), state.seal(self.connection, id)?));
         self.store.shared.try_change(seal)
     }

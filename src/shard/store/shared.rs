@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use tokio::sync::oneshot;
 
@@ -26,6 +26,8 @@ pub(super) struct Shared {
     pub(super) trimmed: Condvar,
     /// Bytes of pages from which on those without a blob are given back.
     pub(super) enough: AtomicU64,
+    /// Per cent of memory at which writers of streams wait.
+    pub(super) stream_threshold: AtomicU32,
 }
 
 /// What the lock guards.
@@ -47,8 +49,13 @@ impl Shared {
 
     /// Changes the state, then does what that entails.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut State) -> (T, Effects)) -> T {
+        self.change_guarded(|guarded| change(&mut guarded.state))
+    }
+
+    /// As [`Self::change`], for changes after which a request is parked.
+    pub(super) fn change_guarded<T>(&self, change: impl FnOnce(&mut Guarded) -> (T, Effects)) -> T {
         let mut guarded = self.lock();
-        let (value, effects) = change(&mut guarded.state);
+        let (value, effects) = change(&mut guarded);
         let answers: Vec<_> = effects
             .wake
             .into_iter()
@@ -120,12 +127,13 @@ impl Shared {
 }
 
 /// A parked request; it ends with the future that owns this.
-pub(super) struct Parked<'a> {
-    pub(super) shared: &'a Shared,
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) shared: Arc<Shared>,
     pub(super) waiter: WaiterId,
 }
 
-impl Drop for Parked<'_> {
+impl Drop for Parked {
     fn drop(&mut self) {
         let mut guarded = self.shared.lock();
         guarded.parked.remove(&self.waiter);

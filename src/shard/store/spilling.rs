@@ -5,7 +5,9 @@
 //! sealed or got, and not released, is never taken out of the arena while that connection lives:
 //! the range would be given to another blob, and the client would read that one's bytes without
 //! any sign. That holds for the writer of a blob too: what it gets back from sealing is a blob
-//! that reads through its mapping. Only blobs that nobody holds are moved.
+//! that reads through its mapping. Only blobs that nobody holds are moved. A chunk of a stream is
+//! given away by its writer, who asks for the next one instead of sealing it: nobody holds it
+//! until it is pulled and got.
 //!
 //! Such a client alone could fill the arena for good. Therefore what does not fit, once all cold
 //! blobs have been moved, goes to disk without ever being in the arena:
@@ -247,6 +249,21 @@ impl Shared {
         Ok(is_back)
     }
 
+    /// A blob in a file becomes a whole there before others see it.
+    pub(super) fn complete(&self, id: ObjectId) -> Result<(), Error> {
+        let Some(spiller) = &self.spiller else {
+            return Ok(());
+        };
+        let Some(blob) = self.lock().state.unsealed_on_disk(id) else {
+            return Ok(());
+        };
+        let _turn = spiller.turn();
+        match spiller.disk.complete(id, blob.size) {
+            Err(spill::Error::Unknown(_)) => Err(Error::SealUnknown(id)),
+            done => done.map_err(|err| refusal(id, &err)),
+        }
+    }
+
     /// Where the bytes of a pinned blob are.
     pub(super) fn bytes(&self, payload: &Payload) -> Result<Bytes<'_>, Error> {
         match (payload.region, &self.spiller) {
@@ -407,22 +424,6 @@ impl Lease {
             self.map(payload, file);
         }
         Ok(created)
-    }
-
-    /// A blob in a file becomes a whole there before others see it.
-    pub(super) fn complete(&self, id: ObjectId) -> Result<(), Error> {
-        let shared = &self.store.shared;
-        let Some(spiller) = &shared.spiller else {
-            return Ok(());
-        };
-        let Some(blob) = shared.lock().state.unsealed_on_disk(id) else {
-            return Ok(());
-        };
-        let _turn = spiller.turn();
-        match spiller.disk.complete(id, blob.size) {
-            Err(spill::Error::Unknown(_)) => Err(Error::SealUnknown(id)),
-            done => done.map_err(|err| refusal(id, &err)),
-        }
     }
 
     /// As [`Self::get_blobs`], where some of them are on disk.

@@ -4,6 +4,10 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 
 use serde_json::json;
@@ -349,4 +353,104 @@ fn clients_at_once_find_their_bytes_and_leave_nothing() {
         }
     });
     assert_eq!((files(&dir), store.status().memory_usage), (0, 0));
+}
+
+/// A chunk to write, for which there is room; its bytes are there.
+fn write_chunk(lease: &Lease, stream: ObjectId, size: u64) -> Payload {
+    let request = lease.ask_chunk(stream, size).unwrap();
+    assert_eq!(now(request.has_room()), Some(Ok(())));
+    let blob = lease.next_chunk(&request).unwrap();
+    let bytes = bytes_of(blob.id, size);
+    lease.store().write_blob(&blob, 0, &bytes).unwrap();
+    blob
+}
+
+/// What a future is at this moment.
+fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(value) => Some(value),
+        Poll::Pending => None,
+    }
+}
+
+const STREAM: ObjectId = ObjectId(5);
+
+#[test]
+fn a_chunk_that_waits_for_its_reader_goes_to_disk_and_is_read_from_there() {
+    let (dir, store) = store(None);
+    let (writer, reader) = (store.connect(Transport::Ipc), store.connect(Transport::Ipc));
+    store.create_stream(STREAM).unwrap();
+    let first = write_chunk(&writer, STREAM, 2000);
+    let second = write_chunk(&writer, STREAM, 2000);
+    put(&writer, 2000);
+    put(&writer, 2000);
+    // The first one is written and can go; the second one is being written.
+    assert!(store.is_spilled(first.id) && !store.is_spilled(second.id));
+    let chunk = now(reader.pull_chunk(STREAM).unwrap().over()).unwrap();
+    assert_eq!(chunk, Ok(first.id));
+    get(&reader, first.id);
+    let before = files(&dir);
+    reader.release(first.id).unwrap();
+    reader.evict(&[first.id]).unwrap();
+    assert!(store.is_spilled(first.id));
+    assert!(now(reader.pull_chunk(STREAM).unwrap().over()).is_none());
+    assert!(!store.exists(first.id));
+    assert!(files(&dir) <= before, "a chunk's file goes with it");
+}
+
+#[test]
+fn a_chunk_that_is_written_on_disk_is_whole_when_it_is_pulled() {
+    let (dir, store) = store(None);
+    store.set_stream_threshold(200);
+    let (writer, reader) = (store.connect(Transport::Ipc), store.connect(Transport::Rpc));
+    let empty = files(&dir);
+    for _ in 0..4 {
+        put(&writer, 2000);
+    }
+    store.create_stream(STREAM).unwrap();
+    let first = write_chunk(&writer, STREAM, 2000);
+    let second = write_chunk(&writer, STREAM, 1000);
+    for chunk in [first, second] {
+        assert!(matches!(chunk.region, Region::File { .. }));
+    }
+    store.stop_stream(STREAM, false).unwrap();
+    for chunk in [first, second] {
+        let pulled = now(reader.pull_chunk(STREAM).unwrap().over()).unwrap();
+        assert_eq!(pulled, Ok(chunk.id));
+        get(&reader, chunk.id);
+        reader.release(chunk.id).unwrap();
+        // Its file is read as well where somebody maps it, and has to be sound.
+        let mapper = store.connect(Transport::Ipc);
+        get(&mapper, chunk.id);
+    }
+    let drained = reader.pull_chunk(STREAM).map(|_| ());
+    assert_eq!(drained, Err(Error::StreamDrained));
+    assert_eq!(files(&dir), empty, "nothing of the chunks stays");
+}
+
+#[test]
+fn a_writer_goes_on_when_spilling_makes_room() {
+    let (_dir, store) = store(None);
+    let (writer, other) = (store.connect(Transport::Ipc), store.connect(Transport::Rpc));
+    store.create_stream(STREAM).unwrap();
+    let blob = put(&other, 6000);
+    other.release(blob.id).unwrap();
+    let request = writer.ask_chunk(STREAM, 2000).unwrap();
+    let mut room = pin!(request.has_room());
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut context = Context::from_waker(&waker);
+    assert!(room.as_mut().poll(&mut context).is_pending());
+    other.evict(&[blob.id]).unwrap();
+    assert!(woken.0.load(Ordering::Relaxed), "the writer is told");
+    assert_eq!(room.as_mut().poll(&mut context), Poll::Ready(Ok(())));
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -3,6 +3,9 @@
 //! Nothing here sleeps, reads a clock or touches the arena. What a change entails outside is in
 //! the [`Effects`] it returns, to be performed once nobody is kept waiting by it.
 
+#[path = "stream_state.rs"]
+mod stream_state;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
@@ -17,6 +20,7 @@ use super::name::Names;
 use super::object::{BLOB, blob_tree};
 use super::objects::{Broken, Draft, Objects};
 use super::pattern::Pattern;
+use super::stream::{Outcome, Pulled, Streams, Turn};
 use super::wait::{Wait, WaiterId, Waits};
 use super::{Created, DeleteOptions, Payload, Transport};
 use crate::shard::ids::{IdGenerator, InstanceId, ObjectId};
@@ -27,6 +31,7 @@ use crate::shard::memory::{Full, Pool};
 pub(super) enum Answer {
     Objects(Map<String, Value>),
     Name(ObjectId),
+    Stream(Turn),
 }
 
 /// What is to be done after a change.
@@ -45,6 +50,17 @@ impl Effects {
     fn add(&mut self, vacated: Vacated) {
         self.trim.extend(vacated.trim);
         self.discard.extend(vacated.discard);
+    }
+
+    fn extend(&mut self, more: Self) {
+        let Self {
+            wake,
+            trim,
+            discard,
+        } = more;
+        self.wake.extend(wake);
+        self.trim.extend(trim);
+        self.discard.extend(discard);
     }
 }
 
@@ -75,6 +91,7 @@ pub(super) struct State {
     names: Names,
     leases: Leases,
     waits: Waits,
+    streams: Streams,
 }
 
 /// The blob that every creation of no bytes yields.
@@ -105,6 +122,7 @@ impl State {
             names: Names::default(),
             leases: Leases::default(),
             waits: Waits::default(),
+            streams: Streams::default(),
         }
     }
 
@@ -128,6 +146,7 @@ impl State {
         for id in self.leases.disconnect(connection, &mut self.blobs) {
             self.free(id, true, &mut effects);
         }
+        self.leave_streams(connection, &mut effects);
         effects
     }
 
@@ -243,11 +262,10 @@ impl State {
                 current: blob.size,
             });
         }
-        let trim = self.blobs.shrink(id, size).into_iter().collect();
-        Ok(Effects {
-            trim,
-            ..Effects::default()
-        })
+        let mut effects = Effects::default();
+        effects.trim.extend(self.blobs.shrink(id, size));
+        self.wake_writers(&mut effects);
+        Ok(effects)
     }
 
     /// Frees a blob if it exists.
@@ -259,6 +277,7 @@ impl State {
             self.leases.settled(writer, id);
         }
         effects.add(deleted.vacated);
+        self.wake_writers(effects);
         true
     }
 
@@ -342,7 +361,11 @@ impl State {
         let Payload { id, offset, .. } = *victim;
         let own = connection.is_some_and(|connection| self.leases.is_held_by(connection, id));
         let (moved, vacated) = self.blobs.move_out(id, offset, own.into(), trim);
-        (moved, vacated.into())
+        let mut effects = Effects::from(vacated);
+        if moved {
+            self.wake_writers(&mut effects);
+        }
+        (moved, effects)
     }
 
     /// Room in the arena for a blob on disk; none if it is not there or somebody copies it.
@@ -358,7 +381,12 @@ impl State {
         is_read: bool,
     ) -> (bool, Effects) {
         let (moved, vacated) = self.blobs.end_return(id, place, is_read);
-        (moved, vacated.into())
+        let mut effects = Effects::from(vacated);
+        if !moved {
+            // The room is free again.
+            self.wake_writers(&mut effects);
+        }
+        (moved, effects)
     }
 
     /// Those of `ids` that are on disk and that nobody has mapped there.
@@ -667,6 +695,9 @@ impl State {
 
     /// Nobody waits any longer.
     pub(super) fn cancel(&mut self, waiter: WaiterId) {
+        if self.streams.cancel(waiter) {
+            return;
+        }
         if let Some(Wait::Name(name)) = self.waits.remove(waiter) {
             self.names.cancel(&name, waiter);
         }

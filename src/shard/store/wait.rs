@@ -39,6 +39,12 @@ impl Waits {
         self.last
     }
 
+    /// A request that is parked elsewhere.
+    pub(super) fn fresh(&mut self) -> WaiterId {
+        self.last += 1;
+        self.last
+    }
+
     /// Parks a waiter again that [`Self::blocked_on`] has given out.
     pub(super) fn restore(&mut self, id: WaiterId, wait: Wait) {
         if let Wait::Objects { blocked_on, .. } = &wait {
