@@ -14,7 +14,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use serde_json::{Map, Value, json};
 use vinelet::shard::ids::ObjectId;
-use vinelet::shard::store::{Config, DeleteOptions, Error, Lease, Payload, Store, Transport};
+use vinelet::shard::store::{
+    Config, DeleteOptions, Error, Lease, Payload, Region, Store, Transport,
+};
 
 const LIMIT: u64 = 20_000;
 const CONNECTIONS: usize = 3;
@@ -236,6 +238,7 @@ impl World {
         let mut found = Vec::new();
         for &id in ids {
             let empty = Payload {
+                region: Region::Arena,
                 id,
                 offset: 0,
                 size: 0,

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use proptest::prelude::*;
 use vinelet::shard::ids::ObjectId;
-use vinelet::shard::store::{Config, Error, Lease, Payload, Store, Transport};
+use vinelet::shard::store::{Config, Error, Lease, Payload, Region, Store, Transport};
 
 const LIMIT: u64 = 1000;
 /// Writers wait from here on.
@@ -97,6 +97,12 @@ fn poll(waiting: &mut Waiting) -> Option<Got> {
         Poll::Ready(got) => Some(got),
         Poll::Pending => None,
     }
+}
+
+async fn next_chunk(lease: &Lease, stream: ObjectId, size: u64) -> Result<Payload, Error> {
+    let request = lease.ask_chunk(stream, size)?;
+    request.has_room().await?;
+    lease.next_chunk(&request)
 }
 
 impl World {
@@ -186,8 +192,11 @@ impl World {
         let lease = Arc::clone(&self.leases[connection]);
         let mut waiting: Waiting = Box::pin(async move {
             match wants {
-                Wants::Room(id, size) => Got::Room(lease.next_chunk(ObjectId(id), size).await),
-                Wants::Chunk(id) => Got::Chunk(lease.pull_chunk(ObjectId(id)).await),
+                Wants::Room(id, size) => Got::Room(next_chunk(&lease, ObjectId(id), size).await),
+                Wants::Chunk(id) => Got::Chunk(match lease.pull_chunk(ObjectId(id)) {
+                    Ok(pull) => pull.over().await,
+                    Err(err) => Err(err),
+                }),
             }
         });
         if let Some(refused) = refused {
@@ -214,6 +223,7 @@ impl World {
                     offset: 0,
                     size,
                     is_sealed: false,
+                    region: Region::Arena,
                 })))
             }
             Wants::Chunk(id) => {

@@ -20,10 +20,15 @@ pub(crate) use super::vineyardd::Options;
 use super::vineyardd::{Command, FLAGS, FlagsError, Surroundings, understand};
 use crate::errors::chain;
 use crate::shard::protocol::VERSION;
-use crate::shard::store::{Config, OpenError, Store};
+use crate::shard::spill::{self, Directory};
+use crate::shard::store::{Config, OpenError, Spilling, Store};
 use crate::shard::{self, BindError, Listeners};
 use crate::supervisor::{ChildChannel, InheritError, SendError};
 use crate::telemetry;
+
+/// Requests that may wait for the disk at once; one of them moves blobs, and the others wait for
+/// it or read.
+const DISK_THREADS: usize = 4;
 
 /// Why a shard cannot be, or came to an end.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +43,8 @@ pub(crate) enum ShardError {
     Address(#[source] io::Error),
     #[error(transparent)]
     Open(#[from] OpenError),
+    #[error(transparent)]
+    Spill(#[from] spill::Error),
     #[error("starting the event loop")]
     Runtime(#[source] io::Error),
     #[error("watching for signals")]
@@ -86,6 +93,7 @@ fn run_to_end(args: Vec<OsString>) -> Result<(), ShardError> {
     let inherited = ChildChannel::inherited()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .max_blocking_threads(DISK_THREADS)
         .build()
         .map_err(ShardError::Runtime)?;
     runtime.block_on(async {
@@ -161,7 +169,13 @@ pub(crate) async fn serve(
         Some(file) => file.path.clone(),
         None => options.sockets.first().cloned().unwrap_or_default(),
     };
-    let store = Store::open(Config {
+    let spilling = options.spill.as_ref().map(|spill| {
+        Ok::<_, spill::Error>(Spilling {
+            disk: Box::new(Directory::open(&spill.path, spill.quota)?),
+            watermarks: spill.watermarks,
+        })
+    });
+    let config = Config {
         memory_limit: options.size,
         arena_dir: options.arena_dir.clone(),
         reserve_memory: options.reserve_memory,
@@ -170,7 +184,8 @@ pub(crate) async fn serve(
         nodename: options.nodename.clone(),
         ipc_socket: ipc_socket.to_string_lossy().into_owned(),
         rpc_endpoint: rpc_endpoint.clone(),
-    })?;
+    };
+    let store = Store::open_with(config, spilling.transpose()?)?;
     store.set_stream_threshold(options.stream_threshold);
     tracing::info!(ipc_socket = %ipc_socket.display(), rpc_endpoint, size = options.size, "serving");
     ready();

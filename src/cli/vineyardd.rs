@@ -7,6 +7,7 @@ use core::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use super::gflags::{Flag, GflagsError, Kind, Values, parse};
+use crate::shard::store::Watermarks;
 
 /// Used where no limit can be found out.
 const FALLBACK_SIZE: u64 = 16 << 30;
@@ -22,7 +23,7 @@ const fn flag(name: &'static str, kind: Kind, default: &'static str, help: &'sta
 
 use Kind::{Bool, Double, Int32, String as Text};
 
-/// All flags of vineyardd 0.24, glog's among them, and two of our own at the top.
+/// All flags of vineyardd 0.24, glog's among them, and three of our own: two at the top, and `spill_quota`.
 #[rustfmt::skip]
 pub(super) const FLAGS: &[Flag] = &[
     flag("arena_dir", Text, "", "directory of a tmpfs for the shared memory; empty: an anonymous file"),
@@ -39,9 +40,10 @@ pub(super) const FLAGS: &[Flag] = &[
     flag("allocator", Text, "dlmalloc", "dlmalloc or mimalloc; no effect"),
     flag("reserve_memory", Bool, "false", "take all pages at start"),
     flag("stream_threshold", Int32, "80", "per cent of memory at which writers of streams wait"),
-    flag("spill_path", Text, "", "directory to spill cold blobs to; not supported yet"),
-    flag("spill_lower_rate", Double, "0.3", "no effect without spill_path"),
-    flag("spill_upper_rate", Double, "0.8", "no effect without spill_path"),
+    flag("spill_path", Text, "", "directory to spill cold blobs to; only files of our own are touched there. Empty: nothing is spilled"),
+    flag("spill_lower_rate", Double, "0.3", "part of size at which spilling stops"),
+    flag("spill_upper_rate", Double, "0.8", "part of size at which spilling begins"),
+    flag("spill_quota", Text, "", "bytes for files in spill_path, as 10Gi; empty: what the disk has"),
     flag("socket", Text, "", "UNIX socket; empty: /var/run/vineyard.sock, or else ~/.local/vineyard/vineyard.sock"),
     flag("rpc", Bool, "true", "serve RPC"),
     flag("rpc_socket_port", Int32, "9600", "port to serve RPC on; 0: any"),
@@ -157,6 +159,19 @@ pub(crate) struct Options {
     pub(crate) deployment: String,
     /// Dump core after a crash.
     pub(crate) coredump: bool,
+    /// Where and when to spill, if at all.
+    pub(crate) spill: Option<SpillOptions>,
+}
+
+/// A disk for blobs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SpillOptions {
+    /// The directory.
+    pub(crate) path: PathBuf,
+    /// Bytes for its files together.
+    pub(crate) quota: Option<u64>,
+    /// When to begin and to stop.
+    pub(crate) watermarks: Watermarks,
 }
 
 /// Understands arguments, the program's name left out.
@@ -185,14 +200,16 @@ pub(super) fn understand<'a>(
         .clone()
         .filter(|name| !name.is_empty())
         .unwrap_or_else(|| hostname.clone());
+    let bytes = size(values.text("size"))
+        .or(surroundings.memory)
+        .unwrap_or(FALLBACK_SIZE);
     Ok(Command::Serve(Box::new(Options {
         sockets: sockets(values.text("socket"), surroundings),
         rpc: rpc(&values)?,
         hostname,
         nodename,
-        size: size(values.text("size"))
-            .or(surroundings.memory)
-            .unwrap_or(FALLBACK_SIZE),
+        size: bytes,
+        spill: spill(&values, bytes)?,
         arena_dir: some_path(values.text("arena_dir")),
         reserve_memory: values.is_on("reserve_memory"),
         // Less than nothing is nothing: every writer waits.
@@ -230,14 +247,7 @@ fn refuse_unsupported(values: &Values) -> Result<(), FlagsError> {
             return Err(FlagsError::NeedsEtcd(flag));
         }
     }
-    for flag in [
-        "spill_path",
-        "htpasswd",
-        "flagfile",
-        "fromenv",
-        "tryfromenv",
-        "undefok",
-    ] {
+    for flag in ["htpasswd", "flagfile", "fromenv", "tryfromenv", "undefok"] {
         if !values.text(flag).is_empty() {
             return Err(refused(flag));
         }
@@ -270,6 +280,43 @@ fn one_of(
             expected,
         })
     }
+}
+
+fn spill(values: &Values, bytes: u64) -> Result<Option<SpillOptions>, FlagsError> {
+    let Some(path) = some_path(values.text("spill_path")) else {
+        if values.is_given("spill_quota") {
+            return Err(FlagsError::Value {
+                flag: "spill_quota",
+                value: values.text("spill_quota").to_owned(),
+                expected: "a --spill_path with it",
+            });
+        }
+        return Ok(None);
+    };
+    let rate = |flag| values.text(flag).trim().parse().unwrap_or(f64::NAN);
+    let watermarks = Watermarks::of(bytes, rate("spill_lower_rate"), rate("spill_upper_rate"));
+    let watermarks = watermarks.ok_or_else(|| FlagsError::Value {
+        flag: "spill_lower_rate",
+        value: format!(
+            "{} with --spill_upper_rate {}",
+            values.text("spill_lower_rate"),
+            values.text("spill_upper_rate")
+        ),
+        expected: "0 <= lower <= upper <= 1",
+    })?;
+    let quota = match values.text("spill_quota") {
+        "" => None,
+        text => Some(size(text).ok_or_else(|| FlagsError::Value {
+            flag: "spill_quota",
+            value: text.to_owned(),
+            expected: "a size as 10Gi",
+        })?),
+    };
+    Ok(Some(SpillOptions {
+        path,
+        quota,
+        watermarks,
+    }))
 }
 
 fn some_path(text: &str) -> Option<PathBuf> {
@@ -391,6 +438,20 @@ mod tests {
     }
 
     #[test]
+    fn spilling_is_asked_for_by_its_path() {
+        let spill = |line| options(line).unwrap().spill;
+        assert_eq!(spill("--spill_upper_rate 0.5"), None);
+        let expected = SpillOptions {
+            path: "/d".into(),
+            quota: Some(10 << 30),
+            watermarks: Watermarks::of(1000, 0.3, 0.8).unwrap(),
+        };
+        let line = "--size 1000 --spill_path /d --spill_quota 10Gi";
+        assert_eq!(spill(line), Some(expected));
+        assert_eq!(spill("--spill_path=/d").unwrap().quota, None);
+    }
+
+    #[test]
     fn without_a_socket_there_are_two_places() {
         assert_eq!(
             options("").unwrap().sockets,
@@ -408,8 +469,16 @@ mod tests {
             ("--meta redis", "--meta redis is not supported yet"),
             ("--meta x", "--meta x: local is expected"),
             (
-                "--spill_path /tmp/x",
-                "--spill_path /tmp/x is not supported yet",
+                "--spill_path /tmp/x --spill_lower_rate 0.9",
+                "--spill_lower_rate 0.9 with --spill_upper_rate 0.8: 0 <= lower <= upper <= 1 is expected",
+            ),
+            (
+                "--spill_path /tmp/x --spill_quota much",
+                "--spill_quota much: a size as 10Gi is expected",
+            ),
+            (
+                "--spill_quota 1Gi",
+                "--spill_quota 1Gi: a --spill_path with it is expected",
             ),
             ("--htpasswd f", "--htpasswd f is not supported yet"),
             ("--flagfile f", "--flagfile f is not supported yet"),

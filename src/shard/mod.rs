@@ -8,6 +8,7 @@ pub mod ids;
 pub mod memory;
 pub mod protocol;
 pub mod server;
+pub mod spill;
 pub mod store;
 
 pub use server::{BindError, Listeners, bind_ipc, bind_rpc, serve};

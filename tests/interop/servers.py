@@ -14,7 +14,7 @@ PROGRAMS = {"vinelet": [VINELET, "shard"], "vineyardd": [str(VINEYARDD)]}
 class Server:
     """One store that runs alone, with vineyardd's flags."""
 
-    def __init__(self, kind, directory, size="64Mi"):
+    def __init__(self, kind, directory, size="64Mi", flags=()):
         self.kind = kind
         self.socket = directory / f"{kind}.sock"
         self.port = free_port()
@@ -22,7 +22,7 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*PROGRAMS[kind], "--socket", str(self.socket), "--size", size,
-                 "--rpc_socket_port", str(self.port), "--meta", "local"],
+                 "--rpc_socket_port", str(self.port), "--meta", "local", *flags],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )
         eventually(self._is_up, what=f"{kind} answers")

@@ -27,6 +27,8 @@ pub(crate) struct Difference {
 pub(crate) struct Conversation {
     pub(crate) name: &'static str,
     pub(crate) differences: &'static [Difference],
+    /// Whether the server has a disk to spill to.
+    pub(crate) spills: bool,
     /// Bytes that the recorded server held of other conversations.
     pub(crate) held: u64,
     /// Recorded figures of memory in use, and what they are here: in statuses, and in errors.
@@ -57,7 +59,10 @@ struct Replay<'a> {
 
 /// Replays a conversation against a server of its own; the number of replies compared.
 pub(crate) fn replay(conversation: &Conversation) -> usize {
-    let server = Server::start();
+    let server = match conversation.spills {
+        true => Server::spilling(),
+        false => Server::start(),
+    };
     if conversation.held > 0 {
         let mut before = server.registered_rpc();
         let held = serde_json::json!({"type": "create_buffer_request", "size": conversation.held});

@@ -13,7 +13,8 @@ use std::time::Duration;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use vinelet::shard::store::{Config, Store};
+use vinelet::shard::spill::Directory;
+use vinelet::shard::store::{Config, Spilling, Store, Watermarks};
 use vinelet::shard::{self, Listeners};
 
 /// Nothing here takes longer, unless it hangs.
@@ -36,12 +37,25 @@ impl Server {
     }
 
     pub(crate) fn with_limit(memory_limit: u64) -> Self {
+        Self::open(memory_limit, false)
+    }
+
+    /// A server that has a disk.
+    pub(crate) fn spilling() -> Self {
+        Self::open(LIMIT, true)
+    }
+
+    fn open(memory_limit: u64, spills: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("vineyard.sock");
         let ipc = shard::bind_ipc(&socket).unwrap();
         let rpc = shard::bind_rpc("127.0.0.1:0".parse().unwrap()).unwrap();
         let port = rpc.local_addr().unwrap().port();
-        let store = Store::open(Config {
+        let spilling = spills.then(|| Spilling {
+            disk: Box::new(Directory::open(&directory.path().join("spill"), None).unwrap()),
+            watermarks: Watermarks::of(memory_limit, 0.3, 0.8).unwrap(),
+        });
+        let config = Config {
             memory_limit,
             arena_dir: None,
             reserve_memory: false,
@@ -50,8 +64,8 @@ impl Server {
             nodename: "node".into(),
             ipc_socket: socket.to_string_lossy().into_owned(),
             rpc_endpoint: format!("host:{port}"),
-        })
-        .unwrap();
+        };
+        let store = Store::open_with(config, spilling).unwrap();
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()

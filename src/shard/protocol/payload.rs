@@ -4,13 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::shard::ids::ObjectId;
 
-/// `store_fd` of the one region there is: the arena. A client keys its mappings by this number,
-/// so it never stands for other memory while the process lives. Not a descriptor.
+/// `store_fd` of the arena; files of spilled blobs have higher ones. A client keys its mappings by
+/// this number, so it never stands for other memory while the process lives. Not a descriptor.
 pub const ARENA: i32 = 1;
 
 /// `map_size` is longer than the region by this; clients map `map_size - 8` bytes. The real
 /// server's allocator reserves as much for alignment, and clients have it built in.
 pub const MAP_SLACK: u64 = 8;
+
+/// Mappings are made of pages of this many bytes.
+const PAGE: u64 = 4096;
 
 /// A blob's place. Fields stand in the order of their names, as the real server writes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +70,17 @@ impl Payload {
             object_id,
             pointer: 0,
             store_fd: ARENA,
+        }
+    }
+
+    /// This blob in a file of its own, which is `length` bytes long. What clients map is whole
+    /// pages, the end of the file included.
+    #[must_use]
+    pub fn in_file(self, store_fd: i32, length: u64) -> Self {
+        Self {
+            map_size: length.next_multiple_of(PAGE) + MAP_SLACK,
+            store_fd,
+            ..self
         }
     }
 }

@@ -8,11 +8,12 @@ mod packed;
 
 use std::future::{Future, pending};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use tokio::sync::watch;
+use tokio::task::{JoinError, spawn_blocking};
 
-use super::dispatch::{Client, Step};
+use super::dispatch::{Client, Descriptor, Step};
 use crate::shard::ids::ObjectId;
 use crate::shard::protocol::frame::{self, Decoder, FrameError};
 use crate::shard::protocol::reply::Reply;
@@ -52,6 +53,8 @@ enum BrokenOff {
     Frame(#[from] FrameError),
     #[error("the connection failed")]
     Io(#[from] io::Error),
+    #[error("a request that waited for the disk came to no end")]
+    Disk(#[source] JoinError),
     #[error(transparent)]
     Zstd(#[from] ZstdError),
     #[error("a chunk of {0} bytes is announced")]
@@ -100,23 +103,33 @@ impl<L: Link> Connection<L> {
                 return Ok(());
             };
             let step = match request {
-                Ok(request) => self.client.dispatch(request),
+                Ok(request) => {
+                    let is_slow = self.client.may_wait_for_disk(&request);
+                    let step;
+                    (self.client, step) =
+                        act(self.client, is_slow, |client| client.dispatch(request)).await?;
+                    step
+                }
                 Err(error) => Step::Reply(Reply::from(&error)),
             };
             match step {
                 Step::Reply(reply) => self.answer(&reply).await?,
-                Step::ReplyWithArena(reply) => self.answer_with_arena(&reply).await?,
+                Step::ReplyWithRegions(reply, regions) => {
+                    self.answer_with_regions(&reply, &regions).await?;
+                }
                 Step::Wait(wait) => {
+                    let store = self.client.store().clone();
                     let waited = tokio::select! {
                         biased;
-                        waited = wait.over(&self.client) => waited,
+                        waited = wait.over(&store) => waited,
                         gone = hung_up(&mut self.link, &mut self.decoder) => return Ok(gone?),
                         () = drained(&mut self.draining) => return Ok(()),
                     };
-                    match self.client.resume(waited) {
-                        (reply, true) => self.answer_with_arena(&reply).await?,
-                        (reply, false) => self.answer(&reply).await?,
-                    }
+                    let is_slow = waited.may_wait_for_disk(&store);
+                    let (reply, regions);
+                    (self.client, (reply, regions)) =
+                        act(self.client, is_slow, |client| client.resume(waited)).await?;
+                    self.answer_with_regions(&reply, &regions).await?;
                 }
                 Step::Upload { go_ahead, blobs } => self.upload(go_ahead, &blobs).await?,
                 Step::Download { reply, blobs } => self.download(&reply, &blobs).await?,
@@ -151,10 +164,21 @@ impl<L: Link> Connection<L> {
         Ok(())
     }
 
-    async fn answer_with_arena(&mut self, reply: &Reply) -> io::Result<()> {
+    async fn answer_with_regions(
+        &mut self,
+        reply: &Reply,
+        regions: &[Descriptor],
+    ) -> io::Result<()> {
         self.answer(reply).await?;
         let store = self.client.store().clone();
-        self.link.send_descriptor(store.arena()).await
+        for region in regions {
+            let descriptor = match region {
+                Descriptor::Arena => store.arena(),
+                Descriptor::File(file) => file.as_fd(),
+            };
+            self.link.send_descriptor(descriptor).await?;
+        }
+        Ok(())
     }
 
     /// Takes the bytes of `blobs`, one after another and without frames. If they cannot be stored
@@ -213,6 +237,22 @@ impl<L: Link> Connection<L> {
         self.link.write(&self.out).await?;
         frame::reuse(&mut self.out);
         Ok(())
+    }
+}
+
+/// Lets a client act. A disk may be slow: others are served meanwhile.
+async fn act<T: Send + 'static>(
+    mut client: Client,
+    is_slow: bool,
+    act: impl FnOnce(&mut Client) -> T + Send + 'static,
+) -> Result<(Client, T), BrokenOff> {
+    let act = move || {
+        let done = act(&mut client);
+        (client, done)
+    };
+    match is_slow {
+        true => spawn_blocking(act).await.map_err(BrokenOff::Disk),
+        false => Ok(act()),
     }
 }
 

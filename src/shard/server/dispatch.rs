@@ -3,6 +3,8 @@
 //! What a request needs beyond one call of the store is returned as a value: a wait, an upload, a
 //! download. The connection carries it out; nothing here reads, writes or waits.
 
+use std::fs::File;
+
 use crate::shard::ids::{ObjectId, SessionId};
 use crate::shard::protocol::VERSION;
 use crate::shard::protocol::code::Code;
@@ -10,7 +12,9 @@ use crate::shard::protocol::message::{Message, MessageError};
 use crate::shard::protocol::payload::{self, Payload};
 use crate::shard::protocol::reply::{InstanceStatus, Reply};
 use crate::shard::protocol::request::{BlobList, Deletion, Request, StoreType};
-use crate::shard::store::{self, DeleteOptions, Lease, Store, Transport};
+use crate::shard::store::{
+    self, ChunkRequest, DeleteOptions, Lease, Pull, Region, Store, Transport,
+};
 
 /// The other end of a connection, as far as requests are concerned.
 #[derive(Debug)]
@@ -27,8 +31,8 @@ pub(super) struct Client {
 pub(super) enum Step {
     /// Answer.
     Reply(Reply),
-    /// Answer, and pass the arena's descriptor after it.
-    ReplyWithArena(Reply),
+    /// Answer, and pass descriptors after it, one by one.
+    ReplyWithRegions(Reply, Vec<Descriptor>),
     /// Answer when what is waited for is there.
     Wait(Wait),
     /// Answer, take the blobs' bytes, see [`Client::uploaded`], answer again.
@@ -55,6 +59,14 @@ pub(super) enum Step {
     Close,
 }
 
+/// What a client is to map.
+#[derive(Debug)]
+pub(super) enum Descriptor {
+    Arena,
+    /// A blob on disk.
+    File(File),
+}
+
 impl Step {
     fn upload(go_ahead: Reply, blobs: Vec<store::Payload>, compress: bool) -> Self {
         match compress {
@@ -72,28 +84,37 @@ impl Step {
 }
 
 /// What a deferred request waits for.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub(super) enum Wait {
     Objects(Vec<ObjectId>),
     Name(String),
-    /// A chunk of this stream to write, of this size.
-    ChunkToWrite(ObjectId, u64),
-    /// The next chunk of this stream.
-    Chunk(ObjectId),
+    /// Room for a chunk to write.
+    Room(ChunkRequest),
+    /// The next chunk of a stream.
+    Chunk(Pull),
 }
 
 /// What a wait ended with; see [`Client::resume`].
 #[derive(Debug)]
 pub(super) enum Waited {
     Reply(Reply),
-    /// A chunk to write.
-    ToWrite(store::Payload),
+    /// There is room for a chunk to write.
+    Room(ChunkRequest),
+}
+
+impl Waited {
+    /// Whether [`Client::resume`] may have to wait for a disk.
+    pub(super) fn may_wait_for_disk(&self, store: &Store) -> bool {
+        match self {
+            Self::Reply(_) => false,
+            Self::Room(request) => store.may_wait_for_disk(request.size()),
+        }
+    }
 }
 
 impl Wait {
     /// What was waited for, once it is there.
-    pub(super) async fn over(self, client: &Client) -> Waited {
-        let (lease, store) = (&client.lease, client.store());
+    pub(super) async fn over(self, store: &Store) -> Waited {
         let reply = match self {
             Self::Objects(ids) => Reply::GetData {
                 content: store.wait_objects(&ids).await,
@@ -101,11 +122,11 @@ impl Wait {
             Self::Name(name) => Reply::GetName {
                 object_id: store.wait_name(&name).await,
             },
-            Self::ChunkToWrite(stream, size) => match lease.next_chunk(stream, size).await {
-                Ok(blob) => return Waited::ToWrite(blob),
+            Self::Room(request) => match request.has_room().await {
+                Ok(()) => return Waited::Room(request),
                 Err(error) => refusal(&error),
             },
-            Self::Chunk(stream) => match lease.pull_chunk(stream).await {
+            Self::Chunk(pull) => match pull.over().await {
                 Ok(chunk) => Reply::PullNextStreamChunk { chunk },
                 Err(error) => refusal(&error),
             },
@@ -131,14 +152,18 @@ impl From<store::Error> for Refusal {
 fn code_of(error: &store::Error) -> Code {
     use store::Error as E;
     match error {
-        E::NotEnoughMemory { .. } => Code::NotEnoughMemory,
+        E::NotEnoughMemory { .. }
+        | E::NoRoomOnDisk { .. }
+        | E::DiskFull { .. }
+        | E::TooManyMappings(_) => Code::NotEnoughMemory,
         E::ShrinkGrows { .. }
         | E::OutOfBounds { .. }
         | E::NameBlob
         | E::NameTransient
-        | E::NameEmpty => Code::Invalid,
+        | E::NameEmpty
+        | E::SpillDisabled => Code::Invalid,
         E::NothingHeld => Code::KeyError,
-        E::Memory { .. } => Code::IoError,
+        E::Memory { .. } | E::Disk { .. } => Code::IoError,
         E::BlobHasNoMetadata
         | E::NoInstanceId
         | E::PersistBlob
@@ -234,26 +259,25 @@ impl Client {
 
             Request::CreateBuffer { size } => {
                 let created = self.described(&self.lease.create_blob(size)?);
-                let fd = self.announce(&[created]).unwrap_or(-1);
-                return Ok(with_arena(Reply::CreateBuffer { created, fd }, fd >= 0));
+                let (fds, new) = self.announce(&[created]);
+                let fd = fds.first().copied().unwrap_or(-1);
+                return Ok(with_regions(Reply::CreateBuffer { created, fd }, new));
             }
             Request::CreateBuffers { sizes } => {
                 let payloads = self.all_described(&self.lease.create_blobs(&sizes)?);
-                let fds = Vec::from_iter(self.announce(&payloads));
-                let is_new = !fds.is_empty();
-                return Ok(with_arena(Reply::CreateBuffers { payloads, fds }, is_new));
+                let (fds, new) = self.announce(&payloads);
+                return Ok(with_regions(Reply::CreateBuffers { payloads, fds }, new));
             }
             Request::GetBuffers(list) => {
                 let blobs = self.lease.get_blobs(&list.ids, list.allow_unsealed)?;
                 let payloads = self.all_described(&blobs);
-                let fds = Vec::from_iter(self.announce(&payloads));
-                let is_new = !fds.is_empty();
+                let (fds, new) = self.announce(&payloads);
                 let reply = Reply::GetBuffers {
                     payloads,
                     fds,
                     compress: false,
                 };
-                return Ok(with_arena(reply, is_new));
+                return Ok(with_regions(reply, new));
             }
             Request::Seal { object_id } => {
                 self.lease.seal(object_id)?;
@@ -276,8 +300,7 @@ impl Client {
                 Reply::Release
             }
             Request::IsInUse { id } => Reply::IsInUse(self.store().is_in_use(id)),
-            // Every blob is resident: there is nothing to spill to.
-            Request::IsSpilled { .. } => Reply::IsSpilled(false),
+            Request::IsSpilled { id } => Reply::IsSpilled(self.store().is_spilled(id)),
             Request::CreateGpuBuffer | Request::GetGpuBuffers => {
                 return Err(invalid("GPU support is not enabled"));
             }
@@ -410,9 +433,18 @@ impl Client {
                 return Err(not_supported("locks without etcd are"));
             }
 
-            Request::Evict { .. } => return Err(invalid("Spill path is not set")),
-            Request::Load { .. } | Request::Unpin { .. } => {
-                return Err(not_supported("spilling is"));
+            // vineyardd does these and never answers.
+            Request::Evict { ids } => {
+                self.lease.evict(&ids)?;
+                Reply::Evict
+            }
+            Request::Load { ids, pin } => {
+                self.store().load(&ids, pin)?;
+                Reply::Load
+            }
+            Request::Unpin { ids } => {
+                self.store().unpin(&ids);
+                Reply::Unpin
             }
             Request::CreateStream { object_id } => {
                 self.store().create_stream(object_id)?;
@@ -423,13 +455,15 @@ impl Client {
                 Reply::OpenStream
             }
             Request::GetNextStreamChunk { id, size } => {
-                return Ok(Step::Wait(Wait::ChunkToWrite(id, size)));
+                return Ok(Step::Wait(Wait::Room(self.lease.ask_chunk(id, size)?)));
             }
             Request::PushNextStreamChunk { id, chunk } => {
                 self.store().push_chunk(id, chunk)?;
                 Reply::PushNextStreamChunk
             }
-            Request::PullNextStreamChunk { id } => return Ok(Step::Wait(Wait::Chunk(id))),
+            Request::PullNextStreamChunk { id } => {
+                return Ok(Step::Wait(Wait::Chunk(self.lease.pull_chunk(id)?)));
+            }
             Request::StopStream { id, failed } => {
                 self.store().stop_stream(id, failed)?;
                 Reply::StopStream
@@ -455,15 +489,19 @@ impl Client {
         Ok(Step::Reply(reply))
     }
 
-    /// The reply to a request that has waited, and whether the arena's descriptor follows it.
-    pub(super) fn resume(&mut self, waited: Waited) -> (Reply, bool) {
+    /// The reply to a request that has waited, and the descriptors that follow it.
+    pub(super) fn resume(&mut self, waited: Waited) -> (Reply, Vec<Descriptor>) {
         match waited {
-            Waited::Reply(reply) => (reply, false),
-            Waited::ToWrite(blob) => {
-                let buffer = self.described(&blob);
-                let fd = self.announce(&[buffer]).unwrap_or(-1);
-                (Reply::GetNextStreamChunk { buffer, fd }, fd >= 0)
-            }
+            Waited::Reply(reply) => (reply, Vec::new()),
+            Waited::Room(request) => match self.lease.next_chunk(&request) {
+                Ok(blob) => {
+                    let buffer = self.described(&blob);
+                    let (fds, new) = self.announce(&[buffer]);
+                    let fd = fds.first().copied().unwrap_or(-1);
+                    (Reply::GetNextStreamChunk { buffer, fd }, new)
+                }
+                Err(error) => (refusal(&error), Vec::new()),
+            },
         }
     }
 
@@ -511,7 +549,12 @@ impl Client {
 
     fn described(&self, blob: &store::Payload) -> Payload {
         let arena_size = self.store().arena_size();
-        Payload::in_arena(blob.id, blob.offset, blob.size, blob.is_sealed, arena_size)
+        let payload =
+            Payload::in_arena(blob.id, blob.offset, blob.size, blob.is_sealed, arena_size);
+        match blob.region {
+            Region::Arena => payload,
+            Region::File { number, length } => payload.in_file(number, length),
+        }
     }
 
     fn all_described(&self, blobs: &[store::Payload]) -> Vec<Payload> {
@@ -527,14 +570,60 @@ impl Client {
         })
     }
 
-    /// The arena's key, if these are the first blobs that the client has to map. From then on the
-    /// client has it: the descriptor follows the reply.
-    fn announce(&mut self, payloads: &[Payload]) -> Option<i32> {
-        let is_new = self.transport == Transport::Ipc
-            && !self.has_arena
-            && payloads.iter().any(|payload| payload.store_fd >= 0);
-        self.has_arena |= is_new;
-        is_new.then_some(payload::ARENA)
+    /// Keys and descriptors of the regions that the client has to map for these blobs and does
+    /// not have yet, in the order of the blobs. From then on it has them: they follow the reply.
+    fn announce(&mut self, payloads: &[Payload]) -> (Vec<i32>, Vec<Descriptor>) {
+        let mut fds = Vec::new();
+        let mut new = Vec::new();
+        if self.transport != Transport::Ipc {
+            return (fds, new);
+        }
+        for &Payload { store_fd, .. } in payloads {
+            if store_fd == payload::ARENA && !self.has_arena {
+                self.has_arena = true;
+                fds.push(store_fd);
+                new.push(Descriptor::Arena);
+            } else if store_fd > payload::ARENA
+                && let Some(file) = self.lease.take_file(store_fd)
+            {
+                fds.push(store_fd);
+                new.push(Descriptor::File(file));
+            }
+        }
+        (fds, new)
+    }
+
+    /// Whether a request may have to wait for a disk. All others never do.
+    #[allow(clippy::wildcard_enum_match_arm)]
+    pub(super) fn may_wait_for_disk(&self, request: &Request) -> bool {
+        let sum = |sizes: &[u64]| {
+            sizes
+                .iter()
+                .fold(0, |sum: u64, size| sum.saturating_add(*size))
+        };
+        let size = match request {
+            Request::CreateBuffer { size } | Request::CreateRemoteBuffer { size, .. } => *size,
+            Request::CreateBuffers { sizes } | Request::CreateRemoteBuffers { sizes, .. } => {
+                sum(sizes)
+            }
+            Request::GetBuffers(_)
+            | Request::GetRemoteBuffers(_)
+            | Request::Seal { .. }
+            | Request::DropBuffer { .. }
+            | Request::DelData(_)
+            | Request::DelDataWithFeedbacks(_)
+            | Request::Clear
+            | Request::Load { .. }
+            // The chunk before is completed or deleted.
+            | Request::GetNextStreamChunk { .. }
+            | Request::PullNextStreamChunk { .. }
+            | Request::StopStream { .. }
+            | Request::DropStream { .. } => 0,
+            // Writes even where there is room.
+            Request::Evict { .. } => u64::MAX,
+            _ => return false,
+        };
+        self.store().may_wait_for_disk(size)
     }
 
     fn download(&self, list: &BlobList) -> Result<Step, Refusal> {
@@ -542,7 +631,13 @@ impl Client {
         let blobs = self
             .lease
             .get_blobs(&list.ids, list.allow_unsealed)
-            .map_err(|_| Refusal(Code::KeyError, "Failed to get objects".to_owned()))?;
+            .map_err(|error| {
+                let refusal = Refusal::from(error);
+                match refusal.0 == Code::IoError {
+                    true => refusal,
+                    false => Refusal(Code::KeyError, "Failed to get objects".to_owned()),
+                }
+            })?;
         let reply = Reply::GetBuffers {
             payloads: self.all_described(&blobs),
             fds: Vec::new(),
@@ -590,11 +685,11 @@ impl Client {
     }
 }
 
-fn with_arena(reply: Reply, is_new: bool) -> Step {
-    if is_new {
-        Step::ReplyWithArena(reply)
-    } else {
+fn with_regions(reply: Reply, new: Vec<Descriptor>) -> Step {
+    if new.is_empty() {
         Step::Reply(reply)
+    } else {
+        Step::ReplyWithRegions(reply, new)
     }
 }
 

@@ -20,6 +20,42 @@ pub enum Error {
         /// What is in use.
         used: u64,
     },
+    /// NotEnoughMemory: neither memory nor disk has room.
+    #[error(
+        "Failed to allocate memory of size {size}, total available memory size are {limit}, and {used} are already in use; on disk: {reason}"
+    )]
+    NoRoomOnDisk {
+        /// Bytes asked for.
+        size: u64,
+        /// The limit of memory.
+        limit: u64,
+        /// What is in use of it.
+        used: u64,
+        /// Why it is not on disk.
+        reason: String,
+    },
+    /// NotEnoughMemory: there is no room on disk for a blob that is to go there.
+    #[error("no room on disk for blob {id}: {reason}")]
+    DiskFull {
+        /// The blob.
+        id: ObjectId,
+        /// Why.
+        reason: String,
+    },
+    /// IOError: a blob cannot be written to disk or read from there.
+    #[error("blob {id} on disk: {reason}")]
+    Disk {
+        /// The blob.
+        id: ObjectId,
+        /// Why.
+        reason: String,
+    },
+    /// NotEnoughMemory: the connection has too many spilled blobs mapped.
+    #[error("this connection has {0} spilled blobs mapped, the most there can be; connect anew")]
+    TooManyMappings(usize),
+    /// Invalid: there is nowhere to spill to.
+    #[error("Spill path is not set")]
+    SpillDisabled,
     /// ObjectNotExists: no such blob to seal.
     #[error("seal: id = {0}")]
     SealUnknown(ObjectId),

@@ -16,12 +16,15 @@ pub(super) type ConnectionId = u64;
 /// Ids a connection may hold before those of deleted blobs are sorted out.
 const SPARED: usize = 4096;
 
+/// Whether the blob knows that it is held: it existed by then.
+type Counted = bool;
+
 #[derive(Debug)]
 struct Connection {
     transport: Transport,
     /// Blobs of others' deletion and ids that never were blobs included: their release is
     /// expected to succeed.
-    held: BTreeSet<ObjectId>,
+    held: BTreeMap<ObjectId, Counted>,
     /// Blobs it created and nobody sealed.
     unsealed: BTreeSet<ObjectId>,
     /// Length of `held` at which it is sorted out.
@@ -47,7 +50,7 @@ pub(super) struct Leases {
 impl Leases {
     pub(super) fn connect(&mut self, transport: Transport) -> ConnectionId {
         self.last += 1;
-        let (held, unsealed) = (BTreeSet::new(), BTreeSet::new());
+        let (held, unsealed) = (BTreeMap::new(), BTreeSet::new());
         let connection = Connection {
             transport,
             held,
@@ -59,11 +62,22 @@ impl Leases {
     }
 
     /// Ends a connection: the blobs it leaves unsealed.
-    pub(super) fn disconnect(&mut self, id: ConnectionId) -> BTreeSet<ObjectId> {
-        self.connections
-            .remove(&id)
-            .map(|gone| gone.unsealed)
-            .unwrap_or_default()
+    pub(super) fn disconnect(&mut self, id: ConnectionId, blobs: &mut Blobs) -> BTreeSet<ObjectId> {
+        let Some(gone) = self.connections.remove(&id) else {
+            return BTreeSet::new();
+        };
+        for (blob, is_counted) in gone.held {
+            if is_counted {
+                blobs.released(blob);
+            }
+        }
+        gone.unsealed
+    }
+
+    /// Whether a connection holds a blob.
+    pub(super) fn is_held_by(&self, id: ConnectionId, blob: ObjectId) -> bool {
+        let connection = self.connections.get(&id);
+        connection.is_some_and(|connection| connection.held.get(&blob) == Some(&true))
     }
 
     pub(super) fn count(&self, transport: Transport) -> u64 {
@@ -86,27 +100,36 @@ impl Leases {
         }
     }
 
-    pub(super) fn hold(&mut self, id: ConnectionId, blob: ObjectId, blobs: &Blobs) {
+    pub(super) fn hold(&mut self, id: ConnectionId, blob: ObjectId, blobs: &mut Blobs) {
         let Some(connection) = self.connections.get_mut(&id) else {
             return;
         };
-        connection.held.insert(blob);
+        let is_counted = connection.held.entry(blob).or_default();
+        if !*is_counted && blobs.contains(blob) {
+            *is_counted = true;
+            blobs.held(blob);
+        }
         if connection.held.len() > connection.limit {
-            connection.held.retain(|&id| blobs.contains(id));
+            connection.held.retain(|&id, _| blobs.contains(id));
             connection.limit = SPARED.max(2 * connection.held.len());
         }
     }
 
-    pub(super) fn release(&mut self, id: ConnectionId, blob: ObjectId) -> Result<(), NotHeld> {
+    pub(super) fn release(
+        &mut self,
+        id: ConnectionId,
+        blob: ObjectId,
+        blobs: &mut Blobs,
+    ) -> Result<(), NotHeld> {
         let connection = self.connections.get_mut(&id).ok_or(NotHeld::Any)?;
         if connection.held.is_empty() {
             return Err(NotHeld::Any);
         }
-        connection
-            .held
-            .remove(&blob)
-            .then_some(())
-            .ok_or(NotHeld::This)
+        let is_counted = connection.held.remove(&blob).ok_or(NotHeld::This)?;
+        if is_counted {
+            blobs.released(blob);
+        }
+        Ok(())
     }
 
     /// How many connections hold a blob.
@@ -114,7 +137,7 @@ impl Leases {
     fn references(&self, blob: ObjectId) -> usize {
         self.connections
             .values()
-            .filter(|c| c.held.contains(&blob))
+            .filter(|c| c.held.contains_key(&blob))
             .count()
     }
 }
@@ -137,15 +160,15 @@ mod tests {
             leases.connect(Transport::Ipc),
             leases.connect(Transport::Rpc),
         );
-        leases.hold(one, BLOB, &blobs());
-        leases.hold(one, BLOB, &blobs());
-        leases.hold(two, BLOB, &blobs());
+        leases.hold(one, BLOB, &mut blobs());
+        leases.hold(one, BLOB, &mut blobs());
+        leases.hold(two, BLOB, &mut blobs());
         assert_eq!(leases.references(BLOB), 2);
-        assert_eq!(leases.release(one, BLOB), Ok(()));
-        assert_eq!(leases.release(one, BLOB), Err(NotHeld::Any));
-        leases.hold(one, ObjectId(8), &blobs());
-        assert_eq!(leases.release(one, BLOB), Err(NotHeld::This));
-        leases.disconnect(two);
+        assert_eq!(leases.release(one, BLOB, &mut blobs()), Ok(()));
+        assert_eq!(leases.release(one, BLOB, &mut blobs()), Err(NotHeld::Any));
+        leases.hold(one, ObjectId(8), &mut blobs());
+        assert_eq!(leases.release(one, BLOB, &mut blobs()), Err(NotHeld::This));
+        leases.disconnect(two, &mut blobs());
         assert_eq!(leases.references(BLOB), 0);
         assert_eq!(
             (leases.count(Transport::Ipc), leases.count(Transport::Rpc)),
@@ -162,10 +185,10 @@ mod tests {
         }
         leases.settled(one, ObjectId(2));
         assert_eq!(
-            leases.disconnect(one),
+            leases.disconnect(one, &mut blobs()),
             BTreeSet::from([ObjectId(1), ObjectId(3)])
         );
-        assert_eq!(leases.disconnect(one), BTreeSet::new());
+        assert_eq!(leases.disconnect(one, &mut blobs()), BTreeSet::new());
     }
 
     #[test]
@@ -174,11 +197,11 @@ mod tests {
         let one = leases.connect(Transport::Ipc);
         let mut blobs = blobs();
         blobs.create(BLOB, 1, one).unwrap();
-        leases.hold(one, BLOB, &blobs);
+        leases.hold(one, BLOB, &mut blobs);
         for id in 0..100_000 {
-            leases.hold(one, ObjectId(id), &blobs);
+            leases.hold(one, ObjectId(id), &mut blobs);
         }
         assert!(leases.connections[&one].held.len() <= SPARED);
-        assert_eq!(leases.release(one, BLOB), Ok(()));
+        assert_eq!(leases.release(one, BLOB, &mut blobs), Ok(()));
     }
 }

@@ -8,6 +8,7 @@
 //! not given to others before that is done.
 //!
 //! ```text
+//! spilling.rs  between the arena and the disk; what may move when, and why
 //! shared.rs    the lock; performs the effects that State asks for
 //! state.rs   ● every change, by calling the others; returns Effects
 //! blob.rs    ● created → sealed → deleted; where in the arena
@@ -16,6 +17,7 @@
 //! object.rs  ● one record, one link
 //! graph.rs   ● who uses whom; delete sets
 //! name.rs    ● names, and who waits for one
+//! eviction.rs ● watermarks and coldness → what goes to disk
 //! lease.rs   ● which connection holds which blob
 //! wait.rs    ● who waits for objects
 //! stream.rs  ● chunks between a writer and a reader; stream_state.rs, stream_lease.rs: what it entails
@@ -25,6 +27,7 @@
 mod blob;
 mod create;
 mod error;
+mod eviction;
 mod graph;
 mod lease;
 mod name;
@@ -32,6 +35,9 @@ mod object;
 mod objects;
 mod pattern;
 mod shared;
+mod spilling;
+#[cfg(test)]
+mod spilling_tests;
 mod state;
 mod stream;
 mod stream_lease;
@@ -51,10 +57,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 
+pub use self::blob::Region;
 pub use self::error::Error;
+pub use self::eviction::Watermarks;
 use self::lease::ConnectionId;
 use self::shared::{Guarded, Parked, Shared, enough};
+pub use self::spilling::Spilling;
+use self::spilling::{Bytes, Mappings};
 use self::state::{Answer, State};
+pub use self::stream_lease::{ChunkRequest, Pull};
 use self::wait::WaiterId;
 use crate::shard::ids::{InstanceId, ObjectId, SessionId, Signature};
 use crate::shard::memory::{self, Pool, Segment};
@@ -64,12 +75,14 @@ use crate::shard::memory::{self, Pool, Segment};
 pub struct Payload {
     /// The blob.
     pub id: ObjectId,
-    /// Start within the arena file, in bytes; a multiple of 64.
+    /// Start within the region's file, in bytes; a multiple of 64.
     pub offset: u64,
     /// Length in bytes.
     pub size: u64,
     /// Whether others may see it.
     pub is_sealed: bool,
+    /// What it is in.
+    pub region: Region,
 }
 
 /// Which door a client came through.
@@ -177,8 +190,13 @@ fn since_epoch() -> Duration {
 }
 
 impl Store {
-    /// A store with nothing in it.
+    /// A store with nothing in it, and no disk to spill to.
     pub fn open(config: Config) -> Result<Self, OpenError> {
+        Self::open_with(config, None)
+    }
+
+    /// As [`Self::open`], perhaps with a disk to spill to.
+    pub fn open_with(config: Config, spilling: Option<Spilling>) -> Result<Self, OpenError> {
         let limit = config.memory_limit;
         let pool = match config.reserve_memory {
             false => Pool::sparse(limit),
@@ -203,6 +221,7 @@ impl Store {
                 config,
                 instance,
                 segment,
+                spiller: spilling.map(Into::into),
                 guarded,
                 trimmed,
                 enough,
@@ -232,6 +251,8 @@ impl Store {
         Lease {
             store: self.clone(),
             connection,
+            transport,
+            mappings: Mappings::default(),
         }
     }
 
@@ -285,8 +306,8 @@ impl Store {
 
     /// Whether a blob is in memory. Upstream up to 0.24.2 said whether somebody holds it; since
     /// then, and here, only a spilled blob is not in use.
-    pub fn is_in_use(&self, _id: ObjectId) -> bool {
-        true
+    pub fn is_in_use(&self, id: ObjectId) -> bool {
+        !self.is_spilled(id)
     }
 
     /// A new object with this metadata.
@@ -420,16 +441,16 @@ impl Store {
     /// Bytes of a sealed or unsealed blob, for the doors that pass bytes.
     pub fn read_blob(&self, payload: &Payload, at: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let length = buffer.len() as u64;
-        self.copy(payload, at, length, |segment, offset| {
-            segment.read(offset, buffer)
+        self.copy(payload, at, length, |bytes, offset| {
+            bytes.read(offset, buffer)
         })
     }
 
     /// Fills bytes of a blob, for the doors that pass bytes.
     pub fn write_blob(&self, payload: &Payload, at: u64, bytes: &[u8]) -> Result<(), Error> {
         let length = bytes.len() as u64;
-        self.copy(payload, at, length, |segment, offset| {
-            segment.write(offset, bytes)
+        self.copy(payload, at, length, |place, offset| {
+            place.write(offset, bytes)
         })
     }
 
@@ -438,11 +459,9 @@ impl Store {
         payload: &Payload,
         at: u64,
         length: u64,
-        copy: impl FnOnce(&Segment, u64) -> io::Result<()>,
+        copy: impl FnOnce(&Bytes<'_>, u64) -> io::Result<()>,
     ) -> Result<(), Error> {
-        let Payload {
-            id, offset, size, ..
-        } = *payload;
+        let Payload { id, size, .. } = *payload;
         if at.checked_add(length).is_none_or(|end| end > size) {
             return Err(Error::OutOfBounds {
                 id,
@@ -456,11 +475,17 @@ impl Store {
         }
         // Nobody may get these bytes while they are copied. A blob that is deleted already is
         // kept by the pin of whoever goes on with it.
-        let _pin = self.pin(id);
-        if !self.shared.lock().state.is_backed(payload) {
+        let pin = self.pin(id);
+        // Since it was described it may have gone to disk, or come back.
+        let payload = Payload {
+            size,
+            ..*pin.as_ref().map_or(payload, Pin::payload)
+        };
+        if !self.shared.lock().state.is_backed(&payload) {
             return Err(Error::BlobGone(id));
         }
-        copy(&self.shared.segment, offset + at).map_err(|err| Error::Memory {
+        let bytes = self.shared.bytes(&payload)?;
+        copy(&bytes, payload.offset + at).map_err(|err| Error::Memory {
             id,
             reason: err.to_string(),
         })
@@ -470,14 +495,14 @@ impl Store {
     fn park<T>(
         &self,
         wait: impl FnOnce(&mut State) -> Result<T, WaiterId>,
-    ) -> Result<T, (Parked<'_>, oneshot::Receiver<Answer>)> {
+    ) -> Result<T, (Parked, oneshot::Receiver<Answer>)> {
         let mut guarded = self.shared.lock();
         wait(&mut guarded.state).map_err(|waiter| {
             let (sender, receiver) = oneshot::channel();
             guarded.parked.insert(waiter, sender);
             (
                 Parked {
-                    shared: &self.shared,
+                    shared: Arc::clone(&self.shared),
                     waiter,
                 },
                 receiver,
@@ -516,6 +541,9 @@ impl Drop for Pin {
 pub struct Lease {
     store: Store,
     connection: ConnectionId,
+    transport: Transport,
+    /// The files it was given, or is to be given.
+    mappings: Mappings,
 }
 
 impl Lease {
@@ -535,6 +563,15 @@ impl Lease {
 
     /// New, unsealed blobs, all or none.
     pub fn create_blobs(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> {
+        let created = match self.create_in_arena(sizes) {
+            Err(full) => return self.create_anyway(sizes, full),
+            Ok(created) => created,
+        };
+        self.store.shared.relieve();
+        Ok(created)
+    }
+
+    fn create_in_arena(&self, sizes: &[u64]) -> Result<Vec<Payload>, Error> {
         let now = now();
         let shared = &self.store.shared;
         let mut guarded = shared.lock();
@@ -556,6 +593,7 @@ impl Lease {
 
     /// Lets others see a blob, and holds it.
     pub fn seal(&self, id: ObjectId) -> Result<(), Error> {
+        self.store.shared.complete(id)?;
         let seal = |state: &mut State| Ok(((), state.seal(self.connection, id)?));
         self.store.shared.try_change(seal)
     }
@@ -563,11 +601,17 @@ impl Lease {
     /// Unknown ids are left out; an unsealed one fails the whole unless `allow_unsealed`. Holds
     /// them.
     pub fn get_blobs(&self, ids: &[ObjectId], allow_unsealed: bool) -> Result<Vec<Payload>, Error> {
-        self.store
-            .shared
-            .lock()
-            .state
-            .get_blobs(self.connection, ids, allow_unsealed)
+        let shared = &self.store.shared;
+        {
+            let state = &mut shared.lock().state;
+            if shared.spiller.is_none() || !ids.iter().any(|&id| state.is_spilled(id)) {
+                return state.get_blobs(self.connection, ids, allow_unsealed);
+            }
+        }
+        match &shared.spiller {
+            Some(spiller) => self.get_from_disk(spiller, ids, allow_unsealed),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Holds blobs; unknown ids are accepted.

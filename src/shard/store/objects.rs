@@ -169,6 +169,11 @@ impl Objects {
         self.graph.delete_set(ids, force, deep)
     }
 
+    /// What an object uses directly.
+    pub(super) fn members(&self, id: ObjectId) -> impl Iterator<Item = ObjectId> {
+        self.graph.children(id)
+    }
+
     /// Forgets objects, among `ids` that may be anything.
     pub(super) fn remove(&mut self, ids: &[ObjectId]) {
         for &id in ids {

@@ -3,21 +3,24 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use tokio::sync::oneshot;
 
 use super::Config;
+use super::spilling::Spiller;
 use super::state::{Answer, Effects, State};
 use super::wait::WaiterId;
 use crate::shard::ids::InstanceId;
 use crate::shard::memory::Segment;
+use crate::shard::spill::Removal;
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) config: Config,
     pub(super) instance: InstanceId,
     pub(super) segment: Segment,
+    pub(super) spiller: Option<Spiller>,
     pub(super) guarded: Mutex<Guarded>,
     /// Pages have been given back; for creations that found no room meanwhile.
     pub(super) trimmed: Condvar,
@@ -65,6 +68,11 @@ impl Shared {
         }
         if !effects.trim.is_empty() {
             self.trim(effects.trim);
+        }
+        if let Some(spiller) = &self.spiller {
+            for id in effects.discard {
+                spiller.remove(id, Removal::Erase);
+            }
         }
         value
     }
@@ -119,12 +127,13 @@ impl Shared {
 }
 
 /// A parked request; it ends with the future that owns this.
-pub(super) struct Parked<'a> {
-    pub(super) shared: &'a Shared,
+#[derive(Debug)]
+pub(super) struct Parked {
+    pub(super) shared: Arc<Shared>,
     pub(super) waiter: WaiterId,
 }
 
-impl Drop for Parked<'_> {
+impl Drop for Parked {
     fn drop(&mut self) {
         let mut guarded = self.shared.lock();
         guarded.parked.remove(&self.waiter);

@@ -6,14 +6,15 @@
 #[path = "stream_state.rs"]
 mod stream_state;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde_json::{Map, Value};
 
-use super::blob::{Blob, Blobs};
+use super::blob::{Blob, Blobs, Region, Vacated};
 use super::create;
 use super::error::Error;
+use super::eviction::Watermarks;
 use super::lease::{ConnectionId, Leases, NotHeld};
 use super::name::Names;
 use super::object::{BLOB, blob_tree};
@@ -41,6 +42,34 @@ pub(super) struct Effects {
     pub(super) wake: Vec<(WaiterId, Answer)>,
     /// Give these pages back, then call [`State::trimmed`].
     pub(super) trim: Vec<Range<u64>>,
+    /// Remove the files of these blobs.
+    pub(super) discard: Vec<ObjectId>,
+}
+
+impl Effects {
+    fn add(&mut self, vacated: Vacated) {
+        self.trim.extend(vacated.trim);
+        self.discard.extend(vacated.discard);
+    }
+
+    fn extend(&mut self, more: Self) {
+        let Self {
+            wake,
+            trim,
+            discard,
+        } = more;
+        self.wake.extend(wake);
+        self.trim.extend(trim);
+        self.discard.extend(discard);
+    }
+}
+
+impl From<Vacated> for Effects {
+    fn from(vacated: Vacated) -> Self {
+        let mut effects = Self::default();
+        effects.add(vacated);
+        effects
+    }
 }
 
 /// The figures of a state.
@@ -71,6 +100,7 @@ const EMPTY: Payload = Payload {
     offset: 0,
     size: 0,
     is_sealed: false,
+    region: Region::Arena,
 };
 
 fn payload(id: ObjectId, blob: &Blob) -> Payload {
@@ -79,6 +109,7 @@ fn payload(id: ObjectId, blob: &Blob) -> Payload {
         offset: blob.offset,
         size: blob.size,
         is_sealed: blob.is_sealed(),
+        region: blob.region,
     }
 }
 
@@ -112,7 +143,7 @@ impl State {
     /// Ends a connection: what it held is released, what it had not sealed is freed.
     pub(super) fn disconnect(&mut self, connection: ConnectionId) -> Effects {
         let mut effects = Effects::default();
-        for id in self.leases.disconnect(connection) {
+        for id in self.leases.disconnect(connection, &mut self.blobs) {
             self.free(id, true, &mut effects);
         }
         self.leave_streams(connection, &mut effects);
@@ -165,7 +196,7 @@ impl State {
             return Ok(effects);
         }
         let writer = self.blobs.seal(id).ok_or(Error::SealUnknown(id))?;
-        self.leases.hold(connection, id, &self.blobs);
+        self.leases.hold(connection, id, &mut self.blobs);
         if let Some(writer) = writer {
             self.leases.settled(writer, id);
             self.appeared(&[id], &mut effects);
@@ -196,7 +227,7 @@ impl State {
 
     pub(super) fn hold(&mut self, connection: ConnectionId, ids: &[ObjectId]) {
         for &id in ids.iter().filter(|&&id| id != ObjectId::EMPTY_BLOB) {
-            self.leases.hold(connection, id, &self.blobs);
+            self.leases.hold(connection, id, &mut self.blobs);
         }
     }
 
@@ -205,7 +236,7 @@ impl State {
             return Ok(());
         }
         self.leases
-            .release(connection, id)
+            .release(connection, id, &mut self.blobs)
             .map_err(|err| match err {
                 NotHeld::This => Error::NotHeld(id),
                 NotHeld::Any => Error::NothingHeld,
@@ -245,7 +276,7 @@ impl State {
         if let Some(writer) = deleted.writer {
             self.leases.settled(writer, id);
         }
-        effects.trim.extend(deleted.trim);
+        effects.add(deleted.vacated);
         self.wake_writers(effects);
         true
     }
@@ -272,17 +303,154 @@ impl State {
     }
 
     pub(super) fn unpin(&mut self, id: ObjectId, offset: u64) -> Effects {
-        let trim = self.blobs.unpin(id, offset).into_iter().collect();
-        Effects {
-            trim,
-            ..Effects::default()
-        }
+        self.blobs.unpin(id, offset).into()
     }
 
     /// Whether the bytes that a payload describes still are that blob's.
     pub(super) fn is_backed(&self, payload: &Payload) -> bool {
         self.blobs
             .is_backed(payload.id, payload.offset, payload.size)
+    }
+
+    // Blobs on disk.
+
+    /// Whether any blob is in a file.
+    pub(super) fn are_on_disk(&self) -> bool {
+        self.blobs.are_on_disk()
+    }
+
+    pub(super) fn is_spilled(&self, id: ObjectId) -> bool {
+        self.blobs.get(id).is_some_and(|blob| !blob.is_resident())
+    }
+
+    pub(super) fn size(&self, id: ObjectId) -> Option<u64> {
+        self.blobs.get(id).map(|blob| blob.size)
+    }
+
+    /// Whether so much is in use, `size` bytes more included, that blobs are to go to disk.
+    pub(super) fn is_tight(&self, marks: Watermarks, size: u64) -> bool {
+        marks.are_reached(self.blobs.used().saturating_add(size))
+    }
+
+    /// The blobs that have to go to disk, for `missing` bytes or for the watermark; pinned.
+    pub(super) fn victims(&mut self, marks: Watermarks, missing: Option<u64>) -> Vec<Payload> {
+        let (used, limit) = (self.blobs.used(), self.blobs.limit());
+        // What does not fit by count may also be in the way of what does.
+        let least = u64::from(missing.is_some());
+        let excess = marks.excess(used, limit, missing).max(least);
+        let victims = self.blobs.victims(excess);
+        let payloads = victims.iter().map(|(id, blob)| payload(*id, blob));
+        payloads.collect()
+    }
+
+    /// A blob that `connection` wants on disk, pinned, if nobody else holds it.
+    pub(super) fn victim(&mut self, id: ObjectId, connection: ConnectionId) -> Option<Payload> {
+        let own = u32::from(self.leases.is_held_by(connection, id));
+        let blob = self.blobs.victim(id, own)?;
+        Some(payload(id, &blob))
+    }
+
+    /// A victim has been written to disk: whether that is where it is from now on. It stays in
+    /// memory if anybody but `connection` has come to hold it.
+    pub(super) fn spilled(
+        &mut self,
+        victim: &Payload,
+        connection: Option<ConnectionId>,
+        trim: bool,
+    ) -> (bool, Effects) {
+        let Payload { id, offset, .. } = *victim;
+        let own = connection.is_some_and(|connection| self.leases.is_held_by(connection, id));
+        let (moved, vacated) = self.blobs.move_out(id, offset, own.into(), trim);
+        let mut effects = Effects::from(vacated);
+        if moved {
+            self.wake_writers(&mut effects);
+        }
+        (moved, effects)
+    }
+
+    /// Room in the arena for a blob on disk; none if it is not there or somebody copies it.
+    pub(super) fn begin_return(&mut self, id: ObjectId) -> Option<Result<(u64, u64), Full>> {
+        self.blobs.begin_return(id)
+    }
+
+    /// Whether a blob is in the arena from now on.
+    pub(super) fn end_return(
+        &mut self,
+        id: ObjectId,
+        place: (u64, u64),
+        is_read: bool,
+    ) -> (bool, Effects) {
+        let (moved, vacated) = self.blobs.end_return(id, place, is_read);
+        let mut effects = Effects::from(vacated);
+        if !moved {
+            // The room is free again.
+            self.wake_writers(&mut effects);
+        }
+        (moved, effects)
+    }
+
+    /// Those of `ids` that are on disk and that nobody has mapped there.
+    pub(super) fn cold_on_disk(&self, ids: &[ObjectId]) -> Vec<ObjectId> {
+        let is_cold = |blob: &Blob| !blob.is_resident() && blob.is_sealed() && !blob.is_held();
+        let mut cold = ids.to_vec();
+        cold.retain(|&id| self.blobs.get(id).is_some_and(is_cold));
+        cold
+    }
+
+    /// Ids for blobs that are to be created on disk.
+    pub(super) fn blob_ids(&mut self, count: usize, now: u64) -> Vec<ObjectId> {
+        (0..count).map(|_| self.ids.blob(now)).collect()
+    }
+
+    /// Unsealed blobs whose files there are; none of them where files have used up all numbers.
+    pub(super) fn create_on_disk(
+        &mut self,
+        connection: ConnectionId,
+        files: &[(ObjectId, u64)],
+    ) -> Option<Vec<Payload>> {
+        let mut created = Vec::with_capacity(files.len());
+        for &(id, size) in files {
+            if size == 0 {
+                created.push(EMPTY);
+            } else if let Some(blob) = self.blobs.create_on_disk(id, size, connection) {
+                self.leases.created(connection, id);
+                created.push(payload(id, &blob));
+            } else {
+                for payload in created {
+                    self.leases.settled(connection, payload.id);
+                    self.blobs.delete(payload.id, false);
+                }
+                return None;
+            }
+        }
+        Some(created)
+    }
+
+    /// An unsealed blob that is in a file.
+    pub(super) fn unsealed_on_disk(&self, id: ObjectId) -> Option<Payload> {
+        let blob = self.blobs.get(id)?;
+        (!blob.is_sealed() && !blob.is_resident()).then(|| payload(id, blob))
+    }
+
+    pub(super) fn keep(&mut self, id: ObjectId) {
+        self.blobs.keep(id);
+    }
+
+    pub(super) fn unkeep(&mut self, id: ObjectId) {
+        self.blobs.unkeep(id);
+    }
+
+    /// The blobs among these and below them, each once.
+    pub(super) fn blobs_below(&self, ids: &[ObjectId]) -> BTreeSet<ObjectId> {
+        let mut seen = BTreeSet::new();
+        let mut rest = ids.to_vec();
+        while let Some(id) = rest.pop() {
+            if seen.insert(id) && !id.is_blob() {
+                rest.extend(self.objects.members(id));
+            }
+        }
+        seen.retain(|id| id.is_blob());
+        seen
     }
 
     // Objects.

@@ -145,6 +145,11 @@ impl Streams {
         Ok(stream.writing.take())
     }
 
+    /// The blob that a writer fills.
+    pub(super) fn writing(&self, id: ObjectId) -> Option<ObjectId> {
+        self.streams.get(&id)?.writing
+    }
+
     /// Whether a request for a chunk still stands.
     pub(super) fn is_asking(&self, id: ObjectId, waiter: WaiterId) -> Result<(), Error> {
         // If not, the stream has been dropped, whatever has that id now.

@@ -29,6 +29,18 @@ impl State {
         self.streams.open(id, mode)
     }
 
+    /// The chunk of a stream that is being written, if it is in a file and is not `whole`: it
+    /// cannot be pulled yet.
+    pub(in crate::shard::store) fn incomplete_chunk(
+        &self,
+        id: ObjectId,
+        whole: Option<ObjectId>,
+    ) -> Option<ObjectId> {
+        let written = self.streams.writing(id)?;
+        let is_incomplete = whole != Some(written) && self.unsealed_on_disk(written).is_some();
+        is_incomplete.then_some(written)
+    }
+
     /// Begins a request for a chunk of a stream. What was handed out before can be pulled.
     pub(in crate::shard::store) fn ask_chunk(
         &mut self,
@@ -158,8 +170,7 @@ impl State {
         effects.wake.extend(answers);
         // Without `fastpath` there is nothing to refuse.
         if let Ok((_, deleted)) = self.delete(&discard, DISCARD) {
-            effects.wake.extend(deleted.wake);
-            effects.trim.extend(deleted.trim);
+            effects.extend(deleted);
         }
     }
 }
