@@ -59,7 +59,9 @@
 //!   store/           the domain: blobs, objects, names, streams, leases
 //!     state.rs     ● all maps; every transition returns Effects
 //!     graph.rs     ● who uses whom, and what a deletion takes with it
+//!     eviction.rs  ● watermarks and coldness → what to spill
 //!   memory/          shared memory: allocator and pool (●), and the arena
+//!   spill/           blobs on disk: format.rs (●), directory.rs
 //! ```
 
 pub mod agent;
