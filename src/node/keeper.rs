@@ -5,14 +5,13 @@
 //! board and tried again with growing pauses.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use super::Options;
 use super::local::{Local, Means, Stage};
 use super::memory;
 use crate::readiness::Readiness;
@@ -390,9 +389,4 @@ pub(super) fn pause(attempt: u32) -> Duration {
     Duration::from_millis(200)
         .saturating_mul(1 << attempt.min(8))
         .min(Duration::from_secs(30))
-}
-
-/// A directory that the shard of a runtime uses for shared memory.
-pub(super) fn arena_dir(options: &Options, layout: &crate::runtimes::Layout) -> PathBuf {
-    layout.arena_dir(&options.shm_dir)
 }

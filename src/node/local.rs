@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use super::Options;
-use super::keeper::{arena_dir, pause};
+use super::keeper::pause;
 use super::live::LiveStatus;
 use super::shards::Shards;
 use crate::fuse::{Files, Fixed, Mark};
@@ -188,7 +188,7 @@ impl Local {
             format!("--size={}", self.spec.memory),
             format!("--rpc_socket_port={}", self.spec.rpc_port),
             format!("--rpc_host={}", options.rpc_host),
-            format!("--arena_dir={}", text(&arena_dir(options, layout))),
+            format!("--arena_dir={}", text(&layout.arena_dir(&options.shm_dir))),
         ];
         let env = [
             ("MY_HOST_NAME", options.advertised_host()),
@@ -363,7 +363,7 @@ impl Local {
         {
             tracing::warn!(runtime = %self.spec.id, %error, "the socket stays");
         }
-        let arena = arena_dir(options, &layout);
+        let arena = layout.arena_dir(&options.shm_dir);
         let removed = Place::beneath(&options.shm_dir, &arena)
             .and_then(|place| mounter.unmount(&place).and_then(|_| mounter.remove(&place)));
         if let Err(error) = removed {
@@ -444,7 +444,7 @@ fn make_arena(
 ) -> anyhow::Result<()> {
     let root = &options.shm_dir;
     std::fs::create_dir_all(root).with_context(|| format!("making {}", root.display()))?;
-    let place = Place::beneath(root, &arena_dir(options, layout))?;
+    let place = Place::beneath(root, &layout.arena_dir(&options.shm_dir))?;
     mounter.create_dir(&place, 0o700)?;
     let tmpfs = TmpfsOptions {
         // Room for the arena of a dead shard that clients still read, beside the new one.
